@@ -1,0 +1,53 @@
+# make demo | make test: each does all its own set-up in $(VENV).
+# make test TORCH=torch==2.14.1 VENV=.venv-cuda builds against a CUDA build of torch.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRA ?=
+PYTEST_ARGS ?=
+export CCP_CUDA ?= auto
+
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+BUILT := $(VENV)/built-cuda-$(CCP_CUDA)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint machine clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(VENV)/bin/ccp demo
+
+test: $(BUILT)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(BUILT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+$(BUILT): $(VENV)/installed $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable '.[data,demo,dev]'
+	$(VENV)/bin/ccp info
+	touch $@
+
+$(VENV)/installed: | machine
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH) $(EXTRA) numpy setuptools wheel ninja pybind11
+	touch $@
+
+# What a fresh machine may lack, each with the line that brings it.
+machine:
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed, $(PYTHON) is older: apt-get install python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
+	  sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+	  || { echo "Python's C headers are missing: apt-get install python3-dev"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: apt-get install g++"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+	find ccp_ext -name '*.so' -delete

@@ -1,0 +1,75 @@
+"""channel_dot beside the same in plain torch, on the shapes of ResNet-56 at batch 128.
+
+    python -m benchmarks.channel_dot
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import geometric_mean, median
+
+import torch
+
+from benchmarks.common import interleaved, ratio, write_results
+from ccp_ext import ops, reference
+from ccp_ext.report import table
+
+SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
+ROTATION_BYTES = 256 << 20  # several times the last-level cache, so that inputs come from memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args()
+    rows = [
+        _measure(shape, dtype, layout, options.rounds)
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    print(table(rows))
+    summary = geometric_mean(row["speed-up"] for row in rows if row["dtype"] == "float32")
+    print(f"geometric mean of the float32 speed-ups: {summary:.2f}")
+    content = {"settings": vars(options), "rows": rows, "float32 geometric mean": summary}
+    print(write_results("channel_dot", content))
+
+
+def _measure(shape, dtype, layout, rounds: int) -> dict:
+    torch.manual_seed(0)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    copies = max(2, ROTATION_BYTES // (2 * size))
+    pairs = [
+        tuple(torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in "xg")
+        for _ in range(copies)
+    ]
+    expected, bound = reference.channel_dot(*pairs[0]), reference.channel_dot(*map(abs, pairs[0]))
+    if not ((ops.channel_dot(*pairs[0]) - expected).abs() <= 1e-5 * bound).all():
+        raise AssertionError(f"channel_dot is wrong on {shape} {dtype} {layout}")
+    turn = {"ours": 0, "torch": 0}
+
+    def cold(name, function):
+        def run():
+            turn[name] = (turn[name] + 1) % copies
+            return function(*pairs[turn[name]])
+
+        return run
+
+    seconds = interleaved(
+        {
+            "ours": cold("ours", ops.channel_dot),
+            "torch": cold("torch", lambda x, g: (x * g).sum((2, 3))),
+        },
+        rounds,
+    )
+    return {
+        "shape": "x".join(map(str, shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": str(layout).removeprefix("torch."),
+        "GB/s": 2e-9 * size / median(seconds["ours"]),
+        "speed-up": ratio(seconds["torch"], seconds["ours"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The command line: ``ccp info | criteria | prune | evaluate | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ccp_ext.errors import InputError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``ccp``; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"ccp {options.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"ccp {options.command}: interrupted{options.after_interrupt}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    import platform
+
+    import torch
+
+    import ccp_ext
+
+    for name, value in {
+        "ccp_ext": ccp_ext.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda or "none",
+        **ccp_ext.build_info(),
+        "usable devices": ", ".join(ccp_ext.usable_devices()),
+    }.items():
+        print(f"{name + ':':18} {value}")
+
+
+def _criteria(options: argparse.Namespace) -> None:
+    from ccp_ext import criteria
+
+    for name in criteria.names():
+        criterion = criteria.get(name)
+        print(f"{name:12} {criterion.summary}\n{'':12} source: {criterion.source}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from ccp_ext import criteria, pipeline
+    from ccp_ext.finetune import FinetuneConfig
+    from ccp_ext.report import table
+
+    schedule = None
+    if options.epochs:
+        schedule = FinetuneConfig(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            augment=options.augment,
+            seed=options.seed,
+        )
+    settings = pipeline.PruneSettings(
+        model=options.model,
+        weights=options.weights,
+        data=options.data,
+        macs=options.macs,
+        params=options.params,
+        ratio=options.ratio,
+        multiple=options.multiple,
+        criterion=options.criterion,
+        options=criteria.Options(
+            site=options.site,
+            curvature=options.curvature,
+            rows=options.rows,
+            temperature=options.temperature,
+            first_order=options.first_order,
+            diagonal=options.diagonal,
+            seed=options.seed,
+        ),
+        scope=options.scope,
+        images=options.images,
+        batch_size=options.batch_size,
+        reestimate_images=options.reestimate_images,
+        finetune=schedule,
+        seed=options.seed,
+    )
+    report = pipeline.run(
+        settings, options.output, device=_device(options.device), progress=_progress(options)
+    )
+    print(table(report["stages"]))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ccp_ext import datasets, measure
+    from ccp_ext.checkpoints import load_model, model_factory
+    from ccp_ext.evaluation import evaluate
+    from ccp_ext.report import table
+
+    images = datasets.load(options.data, options.split)
+    factory = model_factory(options.model, images.num_classes, images.images.shape[1])
+    model = load_model(factory, options.weights).to(_device(options.device))
+    result = evaluate(
+        model, images, batch_size=options.batch_size, progress=_progress(options)
+    )
+    example = images.normalise(images.images[:1]).to(next(model.parameters()).device)
+    print(
+        table(
+            [
+                {
+                    "model": options.model,
+                    "images": result.count,
+                    "accuracy %": result.accuracy,
+                    "loss": f"{result.loss:.4f}",
+                    "MACs": measure.macs(model, example),
+                    "parameters": measure.parameters(model),
+                }
+            ]
+        )
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from ccp_ext import demo
+
+    demo.run(options.output, progress=_progress(options))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    import ccp_ext
+
+    if name == "auto":
+        return ccp_ext.usable_devices()[-1]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {d.split(":")[0] for d in ccp_ext.usable_devices()}:
+        raise InputError(
+            f"device must be auto or one of {', '.join(ccp_ext.usable_devices())}; got {name!r}"
+        )
+    return name
+
+
+def _progress(options: argparse.Namespace) -> bool:
+    return not options.quiet
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ccp", description="Remove whole channels of convolutional networks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, summary, after_interrupt=""):
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run, after_interrupt=after_interrupt)
+        return added
+
+    command("info", _info, "versions, what was built, which devices are usable")
+    command("criteria", _criteria, "the pruning criteria, with their sources")
+
+    prune = command(
+        "prune",
+        _prune,
+        "prune a model, repair it, evaluate it and save it",
+        "; the same command goes on from here",
+    )
+    _add_input(prune)
+    prune.add_argument("--output", required=True, help="folder for the plan, slim model and report")
+    budget = prune.add_argument_group("budget (exactly one)").add_mutually_exclusive_group(
+        required=True
+    )
+    budget.add_argument("--macs", type=_count_or_share, help="share of the MACs to keep, or a count")
+    budget.add_argument(
+        "--params", type=_count_or_share, help="share of the parameters to keep, or a count"
+    )
+    budget.add_argument("--ratio", type=float, help="share of every group's channels to remove")
+    prune.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
+    prune.add_argument(
+        "--scope",
+        default="inner",
+        choices=("inner", "coupled", "all"),
+        help="channels inside blocks (default), those of residual streams, or both",
+    )
+
+    choice = prune.add_argument_group("criterion")
+    choice.add_argument("--criterion", default="ccp", help="see `ccp criteria` (default ccp)")
+    choice.add_argument("--curvature", choices=("logits", "sampled", "empirical", "exact"))
+    choice.add_argument("--site", choices=("gate", "weight"))
+    choice.add_argument("--rows", type=int, help="labels or projections drawn per image")
+    choice.add_argument("--temperature", type=float, help="of the labels drawn")
+    choice.add_argument(
+        "--first-order", action=argparse.BooleanOptionalAction, help="use the linear term u"
+    )
+    choice.add_argument("--diagonal", action="store_true", help="drop the pairwise terms")
+    choice.add_argument("--images", type=int, default=10_000, help="images for the statistics")
+    choice.add_argument("--seed", type=int, default=0)
+
+    repair = prune.add_argument_group("repair")
+    repair.add_argument(
+        "--reestimate-images",
+        type=int,
+        default=10_000,
+        help="training images for the BatchNorm re-estimation (0: none)",
+    )
+    repair.add_argument("--epochs", type=int, default=0, help="of fine-tuning (default none)")
+    repair.add_argument("--learning-rate", type=float, default=0.01)
+    repair.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+
+    evaluate = command("evaluate", _evaluate, "accuracy, loss and size of a plain or slim model")
+    _add_input(evaluate)
+    evaluate.add_argument("--split", default="test", choices=("train", "test", "all"))
+
+    demo = command("demo", _demo, "train, prune and fine-tune a small ResNet on digits")
+    demo.add_argument("--output", default="demo_output", help="folder for the slim model")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _add_input(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", required=True, help="a name such as resnet56, or module:function of your own"
+    )
+    command.add_argument("--weights", required=True, help=".safetensors, or a PyTorch state dict")
+    command.add_argument("--data", required=True, help="folder with CIFAR-10, an .npz, or digits")
+    command.add_argument("--batch-size", type=int, default=128)
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _count_or_share(text: str) -> float | int:
+    """An integer is a count, anything with a point a share."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

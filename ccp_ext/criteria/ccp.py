@@ -1,0 +1,61 @@
+"""Collaborative Channel Pruning: channels chosen by their joint effect on the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ccp_ext.cost import Cost
+from ccp_ext.criteria.base import Criterion, register
+
+
+class _SecondOrder(Criterion):
+    """Defaults of a member of the family; every one of them is an option."""
+
+    site: str
+    curvature: str
+    first_order: bool
+
+    def _uses_first_order(self) -> bool:
+        chosen = self.options.first_order
+        return self.first_order if chosen is None else chosen
+
+    def statistics(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "site": options.site or self.site,
+            "curvature": options.curvature or self.curvature,
+            "rows": options.rows or 1,
+            "temperature": options.temperature or 1.0,
+            "first_order": self._uses_first_order(),
+            "seed": options.seed,
+        }
+
+    def costs(self, model, graph, stats) -> dict[str, Cost]:
+        costs = stats.costs(self._uses_first_order())
+        if self.options.diagonal:
+            return {name: cost.diagonal() for name, cost in costs.items()}
+        return costs
+
+
+@register
+class CCP(_SecondOrder):
+    """Pairwise curvature of the logits at the gates, without the first-order term.
+
+    On a well-trained network the training loss is near zero, so a few hard samples make u and the
+    empirical Fisher; the logits' curvature does not depend on the labels.
+    """
+
+    name = "ccp"
+    source = "Peng et al., ICML 2019, with the curvature and site that measured best here"
+    summary = "pairwise second-order cost: logits' curvature at the gates, no first-order term"
+    site, curvature, first_order = "gate", "logits", False
+
+
+@register
+class CCPPaper(_SecondOrder):
+    """The published objective to the letter."""
+
+    name = "ccp-paper"
+    source = "Peng et al., ICML 2019, Algorithm 1 and min b'S_hat b"
+    summary = "the paper's objective: empirical J'Sigma J of the filter weights, with u"
+    site, curvature, first_order = "weight", "empirical", True

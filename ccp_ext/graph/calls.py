@@ -1,0 +1,96 @@
+"""Which nodes of an exported graph belong to which call of which module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx import Node
+
+
+@dataclass
+class Call:
+    """One call of one module.
+
+    Attributes:
+        path: of the module; the first one if it has several.
+        module: the module.
+        nodes: the operators that it ran, in order.
+    """
+
+    path: str
+    module: nn.Module
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def output(self) -> Node | None:
+        """The only node whose value leaves the call; None if there are several."""
+        inside = set(self.nodes)
+        leaving = [n for n in self.nodes if any(user not in inside for user in users(n))]
+        return leaving[0] if len(leaving) == 1 else None
+
+    @property
+    def input(self) -> Node | None:
+        """The only computed tensor that enters the call; None if there are several."""
+        inside = set(self.nodes)
+        entering = {
+            argument
+            for node in self.nodes
+            for argument in node.all_input_nodes
+            if argument not in inside and not is_state(argument)
+        }
+        return entering.pop() if len(entering) == 1 else None
+
+
+class Calls:
+    """The calls of all leaf modules of a model, from the stacks that torch.export records."""
+
+    def __init__(self, model: nn.Module, nodes: list[Node]) -> None:
+        self._first_paths = {id(m): name for name, m in model.named_modules()}
+        self._model = model
+        self._by_key: dict[str, Call] = {}
+        self._innermost: dict[Node, str] = {}
+        self._of_module: dict[str, list[Call]] = {}
+        for node in nodes:
+            self._add(node)
+
+    def of(self, node: Node) -> Call | None:
+        """The call that ran the node; None outside of all modules."""
+        key = self._innermost.get(node)
+        return None if key is None else self._by_key[key]
+
+    def of_module(self, path: str) -> list[Call]:
+        """All calls of the module, in order."""
+        return self._of_module.get(path, [])
+
+    def only_call(self, node: Node) -> Call | None:
+        """The call that ran the node, if it is the one call of a leaf module."""
+        call = self.of(node)
+        is_leaf = call is not None and next(call.module.children(), None) is None
+        return call if is_leaf and len(self.of_module(call.path)) == 1 else None
+
+    def owner(self, parameter: str) -> tuple[str, nn.Module]:
+        """Path and module of the parameter or buffer of that full name."""
+        module = self._model.get_submodule(parameter.rpartition(".")[0])
+        return self._first_paths[id(module)], module
+
+    def _add(self, node: Node) -> None:
+        stack = node.meta.get("nn_module_stack") or {}
+        for key, (path, _) in stack.items():
+            if key not in self._by_key:
+                module = self._model.get_submodule(path.partition("@")[0])
+                call = Call(self._first_paths[id(module)], module)
+                self._by_key[key] = call
+                self._of_module.setdefault(call.path, []).append(call)
+            self._by_key[key].nodes.append(node)
+            self._innermost[node] = key
+
+
+def users(node: Node) -> list[Node]:
+    """The nodes that read the value; assertions do not."""
+    return [user for user in node.users if "_assert" not in str(user.target)]
+
+
+def is_state(node: Node) -> bool:
+    """Whether the value is a parameter, a buffer or a constant of the model."""
+    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))

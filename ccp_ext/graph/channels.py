@@ -1,0 +1,267 @@
+"""The channel graph as plain values: which channels live and die together, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from ccp_ext.cutting import Cut
+from ccp_ext.errors import InputError
+
+SCOPES = ("inner", "coupled", "all")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a module that belongs to a group.
+
+    Attributes:
+        module: path of the module.
+        axis: "out": dimension 0 of the weight, with the bias (the features of a normalisation);
+            "in": dimension 1 of the weight; "padding": output channels of a module that pads.
+        index: ``index[i]`` are the positions along that axis that group channel i owns, equally
+            many for every i.
+    """
+
+    module: str
+    axis: str
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor to observe while the model runs.
+
+    Attributes:
+        module: path of the module.
+        port: "output" of the module, or its "input" (the first positional argument).
+        channel_dim: the dimension of the tensor that holds the channels.
+        index: group channel i is tensor channel ``index[i]``; None: it is tensor channel i.
+    """
+
+    module: str
+    port: str = "output"
+    channel_dim: int = 1
+    index: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that the same modules make, carry and read, each of which can be removed alone.
+
+    Attributes:
+        name: path of the first producer, with its positions (``layer2.0.conv2[8:24]``) if several
+            groups share that producer.
+        channels: how many there are.
+        producers: output channels of convolutions and linear layers.
+        channelwise: modules that treat each channel alone: normalisations, depthwise
+            convolutions, PReLU.
+        consumers: input channels of convolutions and linear layers.
+        paddings: channels of zeros that padded shortcuts add to others of the group.
+        weight_taps: the output of each producer.
+        gate_taps: for each producer the tensor behind its normalisation and activation, where a
+            zero means that the channel is gone.
+        coupled: more than one module makes the channels, so none of them can be seen alone.
+    """
+
+    name: str
+    channels: int
+    producers: tuple[Slice, ...]
+    channelwise: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+    paddings: tuple[Slice, ...]
+    weight_taps: tuple[Tap, ...]
+    gate_taps: tuple[Tap, ...]
+    coupled: bool
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Every part of every module that belongs to the group."""
+        return self.producers + self.channelwise + self.consumers + self.paddings
+
+
+class Fixed(NamedTuple):
+    """Channels that cannot be removed, and why."""
+
+    channels: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose weight has channels, and what they cost.
+
+    The module has ``out * (inputs * pair_parameters + out_parameters)`` parameters and
+    ``out * inputs * pair_macs`` multiply-accumulate operations in one forward pass.
+    """
+
+    module: str
+    out: int
+    inputs: int
+    pair_parameters: int
+    out_parameters: int
+    pair_macs: int
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A module that adds channels of zeros: ``channel_padding`` before and after the input's."""
+
+    module: str
+    before: int
+    inputs: int
+    after: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype (as in ``"float32"``) of an example input."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What :func:`ccp_ext.trace` finds out about a model.
+
+    Attributes:
+        model_name: class of the model.
+        fingerprint: see :func:`ccp_ext.cutting.fingerprint`.
+        inputs: the example inputs that the model was traced with.
+        groups: channels that may be removed, in the order of the forward pass.
+        fixed: channels that cannot be removed, with the reason.
+        layers: modules whose weights have channels.
+        paddings: modules that add channels of zeros.
+        other_parameters: parameters that no layer holds.
+    """
+
+    model_name: str
+    fingerprint: str
+    inputs: tuple[InputSpec, ...]
+    groups: tuple[Group, ...]
+    fixed: tuple[Fixed, ...]
+    layers: tuple[Layer, ...] = field(repr=False)
+    paddings: tuple[Padding, ...] = field(repr=False)
+    other_parameters: int = field(repr=False)
+
+    def __getitem__(self, name: str) -> Group:
+        """The group of that name; InputError if there is none."""
+        if name not in self._by_name:
+            raise InputError(f"the graph has no group {name!r}; it has {list(self._by_name)}")
+        return self._by_name[name]
+
+    @property
+    def inner(self) -> ChannelGraph:
+        """The graph with only those groups that a single module makes."""
+        return self.select_groups("inner")
+
+    def select_groups(self, scope: str | Iterable[str]) -> ChannelGraph:
+        """The graph with fewer groups; the channels of the others all stay.
+
+        Args:
+            scope: "inner" (one module makes the channels), "coupled" (several do), "all", or the
+                names of the groups.
+
+        Raises:
+            InputError: unknown scope or group.
+        """
+        if isinstance(scope, str):
+            if scope not in SCOPES:
+                raise InputError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+            chosen = [g for g in self.groups if scope == "all" or g.coupled == (scope == "coupled")]
+        else:
+            names = {self[name].name for name in scope}
+            chosen = [g for g in self.groups if g.name in names]
+        return replace(self, groups=tuple(chosen))
+
+    def macs(self, keep: Mapping[str, int] | None = None) -> int:
+        """Multiply-accumulate operations of convolutions and linear layers.
+
+        For one forward pass on inputs of the traced shapes, all samples; the addition of a bias
+        counts nothing.
+
+        Args:
+            keep: {group name: channels that stay}; all stay in a group without an entry.
+
+        Raises:
+            InputError: unknown group, or a count outside of 1 to its channels.
+        """
+        size = self._sizes(keep)
+        return sum(
+            size(layer.module, "out", layer.out)
+            * size(layer.module, "in", layer.inputs)
+            * layer.pair_macs
+            for layer in self.layers
+        )
+
+    def parameters(self, keep: Mapping[str, int] | None = None) -> int:
+        """Parameters of the whole model; arguments and errors as in :meth:`macs`."""
+        size = self._sizes(keep)
+        return self.other_parameters + sum(
+            size(layer.module, "out", layer.out)
+            * (
+                size(layer.module, "in", layer.inputs) * layer.pair_parameters
+                + layer.out_parameters
+            )
+            for layer in self.layers
+        )
+
+    def cuts(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Cut]:
+        """What stays of each module if of each named group only the channels ``kept`` stay.
+
+        Args:
+            kept: {group name: indices in increasing order}.
+        """
+        removed: dict[tuple[str, str], set[int]] = {}
+        for name, indices in kept.items():
+            group = self[name]
+            gone = set(range(group.channels)) - set(indices)
+            for part in group.slices if gone else ():
+                positions = removed.setdefault((part.module, part.axis), set())
+                positions.update(p for channel in gone for p in part.index[channel])
+        cuts = {layer.module: _cut_layer(layer, removed) for layer in self.layers}
+        cuts |= {padding.module: _cut_padding(padding, removed) for padding in self.paddings}
+        return {module: cut for module, cut in cuts.items() if cut != Cut()}
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    def _sizes(self, keep: Mapping[str, int] | None):
+        """A function (module, axis, full size) -> size that is left."""
+        removed: dict[tuple[str, str], int] = {}
+        for name, count in (keep or {}).items():
+            group = self[name]
+            if not 1 <= count <= group.channels:
+                raise InputError(
+                    f"group {name!r} can keep 1 to {group.channels} channels; got {count!r}"
+                )
+            for part in group.slices:
+                key = part.module, part.axis
+                positions = (group.channels - count) * len(part.index[0])
+                removed[key] = removed.get(key, 0) + positions
+        return lambda module, axis, full: full - removed.get((module, axis), 0)
+
+
+def _cut_layer(layer: Layer, removed: Mapping[tuple[str, str], set[int]]) -> Cut:
+    return Cut(
+        out=_remaining(layer.out, removed.get((layer.module, "out"))),
+        inputs=_remaining(layer.inputs, removed.get((layer.module, "in"))),
+    )
+
+
+def _cut_padding(padding: Padding, removed: Mapping[tuple[str, str], set[int]]) -> Cut:
+    gone = removed.get((padding.module, "padding"))
+    if not gone:
+        return Cut()
+    first_after = padding.before + padding.inputs
+    before = padding.before - sum(p < padding.before for p in gone)
+    after = padding.after - sum(p >= first_after for p in gone)
+    return Cut(channel_padding=(before, after))
+
+
+def _remaining(size: int, removed: set[int] | None) -> tuple[int, ...] | None:
+    return tuple(i for i in range(size) if i not in removed) if removed else None

@@ -1,0 +1,151 @@
+"""The operators, as typed functions over ``torch.ops.ccp_ext``.
+
+The kernels check their arguments themselves, so that a call through ``torch.ops.ccp_ext`` is as safe
+as one through this module; the functions here add nothing to the cost of a call. The fakes, which
+``torch.compile`` and FakeTensorMode use, make the same checks with the same messages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccp_ext import _C  # noqa: F401  (its import registers the operators)
+
+_channel_dot = torch.ops.ccp_ext.channel_dot.default
+_weighted_gram = torch.ops.ccp_ext.weighted_gram_.default
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_GRAM_DTYPES = (torch.float32, torch.float64)
+
+
+def channel_dot(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    """Per sample and channel, the sum of ``x * g`` over all positions, in one pass over both.
+
+    ``a[n, c] = sum over positions p of x[n, c, p] * g[n, c, p]``. With ``x`` a layer's output and ``g``
+    the gradient of the loss with respect to it, ``a[n, c]`` is the derivative of the n-th sample's loss
+    along channel c: what a gate on the channel would receive as its gradient.
+
+    Equivalent to ``(x.double() * g.double()).sum(all dimensions but 0 and channel_dim)`` up to rounding.
+
+    Args:
+        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]``, ``[N, C, D, H, W]``, or with the channel elsewhere,
+            such as ``[N, L, C]`` with ``channel_dim=-1``. float32, float64, bfloat16 or float16; any
+            strides. Contiguous and channels-last tensors are read fastest; no layout is copied.
+        g: Same shape, dtype and device as ``x``; its strides may differ, and may be 0 (expanded).
+        channel_dim: The channel's dimension, not 0; negative counts from the end.
+
+    Returns:
+        ``[N, C]``, contiguous, float32; float64 for float64 inputs. Accumulated in that type or
+        better. Two calls give equal bits, also with another number of CPU threads.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, or ``channel_dim`` is out of range.
+
+    Not differentiable: call it on detached tensors.
+    """
+    return _channel_dot(x, g, channel_dim)
+
+
+def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
+    """Add the weighted Gram matrix of ``a`` to ``S`` in place.
+
+    ``S += sum over n, k of sigma[n, k] * a[n, k, :] a[n, k, :]^T``. Each pair (i, j) is computed once
+    and added to ``S[i, j]`` and ``S[j, i]``: a matrix that is symmetric to the bit stays so.
+
+    Args:
+        S: ``[C, C]``, float32 or float64, with contiguous rows; the stride between rows may be larger
+            than C (a corner of a larger matrix). Sums are accumulated in its dtype, without TF32.
+        a: ``[N, C]`` or ``[N, K, C]``, float32, float64, bfloat16 or float16, not wider than ``S``;
+            any strides. Must not share memory with ``S``.
+        sigma: ``[N]`` or ``[N, K]``, that is ``a.shape[:-1]``; float32 or float64, any sign. None: ones.
+
+    Returns:
+        ``S``.
+
+    Raises:
+        ValueError: Shapes, dtypes, strides or devices do not fit, or ``S`` shares memory with another
+            argument.
+    """
+    _weighted_gram(S, a, sigma)
+    return S
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@torch.library.register_fake("ccp_ext::channel_dot")
+def _(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
+    _check(
+        x.dim() >= 2,
+        f"channel_dot: x must have at least 2 dimensions, [N, C, ...], got {list(x.shape)}",
+    )
+    _check(
+        x.shape == g.shape,
+        f"channel_dot: g must have the shape of x, got x {list(x.shape)} and g {list(g.shape)}",
+    )
+    channel = channel_dim + x.dim() if channel_dim < 0 else channel_dim
+    _check(
+        0 < channel < x.dim(),
+        f"channel_dot: channel_dim must name a dimension of x {list(x.shape)} other than 0 "
+        f"(the samples), got {channel_dim}",
+    )
+    _check(
+        x.dtype in _FLOATING,
+        "channel_dot: x must be float32, float64, bfloat16 or float16, got "
+        f"{_dtype_name(x.dtype)}",
+    )
+    _check(
+        x.dtype == g.dtype,
+        f"channel_dot: g must have the dtype of x, got x {_dtype_name(x.dtype)} and g "
+        f"{_dtype_name(g.dtype)}",
+    )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], x.shape[channel]), dtype=dtype)
+
+
+@torch.library.register_fake("ccp_ext::weighted_gram_")
+def _(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> None:
+    _check(
+        S.dim() == 2 and S.shape[0] == S.shape[1],
+        f"weighted_gram_: S must be a square matrix [C, C], got {list(S.shape)}",
+    )
+    _check(
+        a.dim() in (2, 3),
+        f"weighted_gram_: a must be [N, C] or [N, K, C], got {list(a.shape)}",
+    )
+    _check(
+        a.shape[-1] == S.shape[0],
+        f"weighted_gram_: a must have as many channels as S, got a {list(a.shape)} and S "
+        f"{list(S.shape)}",
+    )
+    _check(
+        S.dtype in _GRAM_DTYPES,
+        f"weighted_gram_: S must be float32 or float64, got {_dtype_name(S.dtype)}",
+    )
+    _check(
+        a.dtype in _FLOATING,
+        "weighted_gram_: a must be float32, float64, bfloat16 or float16, got "
+        f"{_dtype_name(a.dtype)}",
+    )
+    _check(
+        S.dtype == torch.float64 or a.dtype != torch.float64,
+        "weighted_gram_: a must not be wider than S, got a float64 and S float32",
+    )
+    if sigma is None:
+        return
+    _check(
+        sigma.shape == a.shape[:-1],
+        f"weighted_gram_: sigma must have one value per row of a {list(a.shape)}, shape "
+        f"a.shape[:-1], got {list(sigma.shape)}",
+    )
+    _check(
+        sigma.dtype in _GRAM_DTYPES,
+        f"weighted_gram_: sigma must be float32 or float64, got {_dtype_name(sigma.dtype)}",
+    )

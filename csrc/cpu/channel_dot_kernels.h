@@ -1,0 +1,171 @@
+// The CPU kernels of channel_dot. Included once per instruction set, hence no include guard.
+#include "cpu/vector.h"
+
+namespace ccp::cpu::CCP_ISA {
+
+// Calls f(x offset, g offset, count) for each stretch of positions [begin, end) that has one
+// stride, that of the innermost dimension.
+template <class F>
+CCP_INLINE void for_each_run(const ChannelDotLayout& layout, int64_t begin, int64_t end, F f) {
+  const Dim& inner = layout.innermost();
+  while (begin < end) {
+    int64_t outer = begin / inner.size;
+    const int64_t first = begin % inner.size;
+    const int64_t count = std::min(inner.size - first, end - begin);
+    int64_t x = first * inner.x_stride, g = first * inner.g_stride;
+    for (int d = layout.position_dims - 2; d >= 0; --d) {
+      const Dim& dim = layout.position[d];
+      x += outer % dim.size * dim.x_stride;
+      g += outer % dim.size * dim.g_stride;
+      outer /= dim.size;
+    }
+    f(x, g, count);
+    begin += count;
+  }
+}
+
+// Four independent accumulators hide the latency of the multiply-add.
+constexpr int kChains = 4;
+
+template <class T>
+CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const T* g, int64_t count) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>;
+  Vector<Acc> acc[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kStep <= count; i += kChains * kStep)
+    for (int k = 0; k < kChains; ++k) acc[k] += load(x + i + k * kStep) * load(g + i + k * kStep);
+  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * load(g + i);
+  Acc tail = 0;
+  for (; i < count; ++i) tail += widen(x[i]) * widen(g[i]);
+  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+}
+
+template <class T>
+CCP_INLINE Accumulator<T> sum_contiguous(const T* x, int64_t count) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>;
+  Vector<Acc> acc[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kStep <= count; i += kChains * kStep)
+    for (int k = 0; k < kChains; ++k) acc[k] += load(x + i + k * kStep);
+  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i);
+  Acc tail = 0;
+  for (; i < count; ++i) tail += widen(x[i]);
+  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+}
+
+template <class T>
+CCP_INLINE Accumulator<T> dot_strided(const T* x, const T* g, const Dim& dim, int64_t count) {
+  Accumulator<T> acc[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains)
+    for (int k = 0; k < kChains; ++k)
+      acc[k] += widen(x[(i + k) * dim.x_stride]) * widen(g[(i + k) * dim.g_stride]);
+  for (; i < count; ++i) acc[0] += widen(x[i * dim.x_stride]) * widen(g[i * dim.g_stride]);
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+}
+
+template <class T>
+CCP_INLINE Accumulator<T> dot_run(const T* x, const T* g, const Dim& dim, int64_t count) {
+  if (unit_stride(dim)) return dot_contiguous(x, g, count);
+  if (dim.x_stride == 1 && dim.g_stride == 0) return widen(*g) * sum_contiguous(x, count);
+  if (dim.x_stride == 0 && dim.g_stride == 1) return widen(*x) * sum_contiguous(g, count);
+  return dot_strided(x, g, dim, count);
+}
+
+// One item = one block of positions of one (sample, channel); any strides.
+// sums[item] with items ordered [block, sample, channel].
+template <class T>
+void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length,
+                        Accumulator<T>* sums, int64_t begin, int64_t end) {
+  const ChannelDotLayout& layout = params.layout;
+  const int64_t channels = layout.channel.size, samples = layout.sample.size;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t c = item % channels, n = item / channels % samples;
+    const int64_t first = item / channels / samples * block_length;
+    const int64_t last = std::min(first + block_length, layout.positions);
+    const T* x = static_cast<const T*>(params.x) + n * layout.sample.x_stride +
+                 c * layout.channel.x_stride;
+    const T* g = static_cast<const T*>(params.g) + n * layout.sample.g_stride +
+                 c * layout.channel.g_stride;
+    double sum = 0;
+    for_each_run(layout, first, last, [&](int64_t x_offset, int64_t g_offset, int64_t count) {
+      sum += dot_run(x + x_offset, g + g_offset, layout.innermost(), count);
+    });
+    sums[item] = static_cast<Accumulator<T>>(sum);
+  }
+}
+
+constexpr int kChannelTile = 512;  // accumulators held on the stack
+constexpr int kPositionGroup = 8;  // positions summed in registers before the accumulator is met
+
+// acc[0, lanes) += sum over `group` positions of x * g, one vector of channels wide.
+template <int group, class T>
+CCP_INLINE void add_vector(const T* x, const T* g, const Dim& dim, Accumulator<T>* acc) {
+  using Acc = Accumulator<T>;
+  Vector<Acc> sum = load(x) * load(g);
+  for (int p = 1; p < group; ++p) sum += load(x + p * dim.x_stride) * load(g + p * dim.g_stride);
+  sum += load(acc);
+  __builtin_memcpy(acc, &sum, sizeof sum);
+}
+
+template <int group, class T>
+CCP_INLINE void add_position_group(const T* x, const T* g, const Dim& dim, int64_t channels,
+                                   Accumulator<T>* acc) {
+  constexpr int kStep = kLanes<Accumulator<T>>;
+  for (int64_t c = 0; c < channels; c += kStep) add_vector<group>(x + c, g + c, dim, acc + c);
+}
+
+// How many of `count` positions may be read `excess` elements beyond their last channel without
+// leaving the memory that the run's last position ends.
+CCP_INLINE int64_t readable_positions(const Dim& dim, int64_t excess, int64_t count) {
+  const int64_t stride = std::min(dim.x_stride, dim.g_stride);
+  if (excess == 0) return count;
+  return stride == 0 ? 0 : std::max<int64_t>(0, count - ceil_div(excess, stride));
+}
+
+// acc[c] += sum over `count` positions of x[p, c] * g[p, c]. `acc` is padded to whole vectors;
+// the padding receives values of no meaning.
+template <class T>
+CCP_INLINE void add_positions(const T* x, const T* g, const Dim& dim, int64_t count,
+                              int64_t channels, Accumulator<T>* acc) {
+  constexpr int kStep = kLanes<Accumulator<T>>;
+  const int64_t padded = ceil_div(channels, kStep) * kStep;
+  const int64_t readable = readable_positions(dim, padded - channels, count);
+  int64_t p = 0;
+  for (; p + kPositionGroup <= readable; p += kPositionGroup)
+    add_position_group<kPositionGroup>(x + p * dim.x_stride, g + p * dim.g_stride, dim, channels,
+                                       acc);
+  for (; p < readable; ++p)
+    add_position_group<1>(x + p * dim.x_stride, g + p * dim.g_stride, dim, channels, acc);
+  for (; p < count; ++p)
+    for (int64_t c = 0; c < channels; ++c)
+      acc[c] += widen(x[p * dim.x_stride + c]) * widen(g[p * dim.g_stride + c]);
+}
+
+// One item = one block of positions of one sample, all channels; unit channel stride.
+// sums are ordered [block, sample, channel].
+template <class T>
+void channel_dot_by_position(const ChannelDotParams& params, int64_t block_length,
+                             Accumulator<T>* sums, int64_t begin, int64_t end) {
+  const ChannelDotLayout& layout = params.layout;
+  const int64_t channels = layout.channel.size, samples = layout.sample.size;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item % samples, first = item / samples * block_length;
+    const int64_t last = std::min(first + block_length, layout.positions);
+    const T* x = static_cast<const T*>(params.x) + n * layout.sample.x_stride;
+    const T* g = static_cast<const T*>(params.g) + n * layout.sample.g_stride;
+    for (int64_t c = 0; c < channels; c += kChannelTile) {
+      const int64_t tile = std::min<int64_t>(kChannelTile, channels - c);
+      alignas(64) Accumulator<T> acc[kChannelTile];
+      std::fill(acc, acc + ceil_div(tile, kLanes<Accumulator<T>>) * kLanes<Accumulator<T>>, 0);
+      for_each_run(layout, first, last, [&](int64_t x_offset, int64_t g_offset, int64_t count) {
+        add_positions(x + c + x_offset, g + c + g_offset, layout.innermost(), count, tile, acc);
+      });
+      std::copy(acc, acc + tile, sums + item * channels + c);
+    }
+  }
+}
+
+}  // namespace ccp::cpu::CCP_ISA

@@ -1,0 +1,26 @@
+// What the kernels receive: plain data, all strides in elements.
+#pragma once
+
+#include "layout.h"
+
+namespace ccp {
+
+struct ChannelDotParams {
+  const void* x;
+  const void* g;
+  void* out;  // [N, C] contiguous, in the accumulator's type
+  ChannelDotLayout layout;
+};
+
+// S += sum over samples n and terms k of sigma[n, k] * a[n, k, :] a[n, k, :]^T.
+struct WeightedGramParams {
+  void* S;            // [channels, channels], unit column stride
+  const void* a;      // [samples, terms, channels]
+  const void* sigma;  // [samples, terms], or null for all ones
+  int64_t channels, samples, terms;
+  int64_t S_stride;
+  int64_t a_sample_stride, a_term_stride, a_channel_stride;
+  int64_t sigma_sample_stride, sigma_term_stride;
+};
+
+}  // namespace ccp

@@ -1,0 +1,121 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <stdexcept>
+
+#include "problem.h"
+
+namespace py = pybind11;
+namespace solver = ccp::solver;
+
+namespace {
+
+using solver::Index;
+using Doubles = py::array_t<double, py::array::c_style>;
+using Bools = py::array_t<bool, py::array::c_style>;
+
+// Lets Python handle its signals now and then while the interpreter lock is released.
+class SignalCheck {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_ < std::chrono::milliseconds(5)) return;
+    py::gil_scoped_acquire lock;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    last_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+solver::Problem make_problem(const Doubles& quadratic, const Doubles& linear) {
+  const Index size = linear.ndim() == 1 ? linear.shape(0) : -1;
+  if (quadratic.ndim() != 2 || quadratic.shape(0) != size || quadratic.shape(1) != size) {
+    throw std::invalid_argument("expected quadratic [n, n] and linear [n]");
+  }
+  return {size, quadratic.data(), {linear.data(), linear.data() + size}};
+}
+
+void check_count(Index size, Index r) {
+  if (size < 0 || r < 0 || r > size) throw std::invalid_argument("expected 0 <= r <= n");
+}
+
+solver::Mask to_mask(const Bools& mask, Index size) {
+  if (mask.ndim() != 1 || mask.shape(0) != size) {
+    throw std::invalid_argument("expected mask [n]");
+  }
+  return {mask.data(), mask.data() + size};
+}
+
+Bools to_array(const solver::Mask& mask) {
+  Bools array(static_cast<py::ssize_t>(mask.size()));
+  std::copy(mask.begin(), mask.end(), array.mutable_data());
+  return array;
+}
+
+template <class Solve>
+auto without_lock(const Solve& solve) {
+  py::gil_scoped_release unlock;
+  return solve(solver::Checkpoint(SignalCheck()));
+}
+
+double objective(const Doubles& quadratic, const Doubles& linear, const Bools& mask) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  return solver::objective(problem, to_mask(mask, problem.size));
+}
+
+double lower_bound(const Doubles& quadratic, const Doubles& linear, Index r) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  check_count(problem.size, r);
+  return without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::lower_bound(problem, r, checkpoint);
+  });
+}
+
+py::tuple greedy(const Doubles& quadratic, const Doubles& linear, Index r) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  check_count(problem.size, r);
+  const auto [grown, shrunk] = without_lock(
+      [&](const solver::Checkpoint& checkpoint) { return solver::greedy(problem, r, checkpoint); });
+  return py::make_tuple(to_array(grown), to_array(shrunk));
+}
+
+Bools swap_descent(const Doubles& quadratic, const Doubles& linear, const Bools& start) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  const solver::Mask mask = to_mask(start, problem.size);
+  return to_array(without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::swap_descent(problem, mask, checkpoint);
+  }));
+}
+
+Bools enumerate(const Doubles& quadratic, const Doubles& linear, Index r) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  check_count(problem.size, r);
+  return to_array(without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::enumerate(problem, r, checkpoint);
+  }));
+}
+
+Bools random_subset(Index size, Index r, std::uint64_t seed) {
+  check_count(size, r);
+  return to_array(solver::random_subset(size, r, seed));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_solver, module) {
+  module.doc() =
+      "min 1/2 m'Sm - u'm over bool masks m [n] with r ones; quadratic = S [n, n] symmetric and "
+      "linear = u [n], both float64.";
+  module.def("objective", &objective, py::arg("quadratic"), py::arg("linear"), py::arg("mask"));
+  module.def("lower_bound", &lower_bound, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
+  module.def("greedy", &greedy, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
+  module.def("swap_descent", &swap_descent, py::arg("quadratic"), py::arg("linear"),
+             py::arg("start"));
+  module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
+  module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
+}

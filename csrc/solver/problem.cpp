@@ -1,0 +1,56 @@
+#include "problem.h"
+
+#include <cmath>
+#include <limits>
+
+namespace ccp::solver {
+
+double objective(const Problem& problem, const Mask& mask) {
+  std::vector<Index> chosen;
+  for (Index i = 0; i < problem.size; ++i) {
+    if (mask[i]) chosen.push_back(i);
+  }
+  double total = problem.constant;
+  for (Index i : chosen) {
+    double coupling = 0;
+    for (Index j : chosen) coupling += problem.row(i)[j];
+    total += 0.5 * coupling - problem.linear[i];
+  }
+  return total;
+}
+
+Problem complement(const Problem& problem) {
+  const Mask all(problem.size, 1);
+  return {problem.size, problem.quadratic, gradient(problem, all), objective(problem, all)};
+}
+
+Mask inverse(Mask mask) {
+  for (char& chosen : mask) chosen = !chosen;
+  return mask;
+}
+
+std::vector<double> gradient(const Problem& problem, const Mask& mask) {
+  std::vector<double> result(problem.size);
+  for (Index i = 0; i < problem.size; ++i) result[i] = -problem.linear[i];
+  for (Index i = 0; i < problem.size; ++i) {
+    if (!mask[i]) continue;
+    const double* row = problem.row(i);
+    for (Index j = 0; j < problem.size; ++j) result[j] += row[j];
+  }
+  return result;
+}
+
+std::vector<double> gradient_error(const Problem& problem) {
+  // n + 1 terms summed once, then two more additions for each of n updates: at most 3n + 1
+  // roundings of partial sums that the absolute row sum bounds; the rest is for the bound's own.
+  const double unit = 4.0 * (problem.size + 4) * std::numeric_limits<double>::epsilon();
+  std::vector<double> error(problem.size);
+  for (Index i = 0; i < problem.size; ++i) {
+    double scale = std::abs(problem.linear[i]);
+    for (Index j = 0; j < problem.size; ++j) scale += std::abs(problem.row(i)[j]);
+    error[i] = unit * scale;
+  }
+  return error;
+}
+
+}  // namespace ccp::solver

@@ -1,0 +1,66 @@
+// The binary quadratic program of channel selection:
+//
+//     minimise  1/2 m'Sm - u'm + constant   over m in {0,1}^n with exactly r ones.
+//
+// Everything here is plain C++ without global state. Equal input gives equal output: no threads, no
+// clocks in a decision, ties go to the lowest index.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace ccp::solver {
+
+using Index = std::ptrdiff_t;
+using Mask = std::vector<char>;  // n entries; 1 marks a chosen channel
+
+// Called often by every long loop; it throws to stop the search.
+using Checkpoint = std::function<void()>;
+
+struct Problem {
+  Index size;                  // n
+  const double* quadratic;     // S, n x n, row-major, symmetric, finite; the caller keeps it alive
+  std::vector<double> linear;  // u
+  double constant = 0;
+
+  const double* row(Index i) const { return quadratic + i * size; }
+  double diagonal(Index i) const { return row(i)[i]; }
+};
+
+// The cost from its definition, in O(n + r^2).
+double objective(const Problem& problem, const Mask& mask);
+
+// The same cost as a function of 1 - m: complement(p) at the inverse mask equals p at the mask.
+Problem complement(const Problem& problem);
+Mask inverse(Mask mask);
+
+// S m - u.
+std::vector<double> gradient(const Problem& problem, const Mask& mask);
+
+// Bounds, one per channel, on the rounding error of a gradient entry that was summed afresh and
+// then updated at most n times.
+std::vector<double> gradient_error(const Problem& problem);
+
+// A lower bound on the cost of every mask with r ones, for any symmetric S: Gilmore-Lawler on the
+// chosen and on the unchosen channels, the better of the two, lowered by its own rounding error.
+double lower_bound(const Problem& problem, Index r, const Checkpoint& checkpoint);
+
+// Two masks: one grown from the empty set by adding the channel that costs least, one shrunk from
+// the full set by giving back the channel that saves most. O(n^2).
+std::array<Mask, 2> greedy(const Problem& problem, Index r, const Checkpoint& checkpoint);
+
+// Exchanges the pair that lowers the cost most until no exchange lowers it by more than rounding.
+// O(n min(r, n - r)) a step.
+Mask swap_descent(const Problem& problem, Mask mask, const Checkpoint& checkpoint);
+
+// The best of all masks with r ones; among those equal up to rounding, the one whose sorted indices
+// come first in lexicographic order. O(1) a mask, O(n) a prefix.
+Mask enumerate(const Problem& problem, Index r, const Checkpoint& checkpoint);
+
+// A uniformly random mask with r ones; the same for a seed on every machine.
+Mask random_subset(Index size, Index r, std::uint64_t seed);
+
+}  // namespace ccp::solver

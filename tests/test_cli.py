@@ -1,0 +1,183 @@
+"""The command line on real files: the whole job, its bad inputs, and its interruptions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import ccp_ext
+from ccp_ext import cli, models, pipeline
+from ccp_ext.compensation import reestimate_batchnorm
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A data set and a network's weights, as files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 96), ("test", 40)):
+        labels = rng.integers(0, 10, count)
+        images = rng.integers(0, 80, (count, 3, SIZE, SIZE)) + 15 * labels[:, None, None, None]
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.astype(np.uint8), labels
+    torch.manual_seed(0)
+    model = models.create("resnet8")
+    x = torch.from_numpy(arrays["train_images"]).float() / 128 - 1
+    reestimate_batchnorm(model, x.split(48), progress=False)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+               folder / "weights.th")
+    np.savez(folder / "data.npz", **arrays)
+    return folder
+
+
+def prune_command(inputs, output, **changes):
+    options = {
+        "model": "resnet8",
+        "weights": inputs / "weights.th",
+        "data": inputs / "data.npz",
+        "macs": 0.5,
+        "images": 64,
+        "reestimate-images": 64,
+        "batch-size": 32,
+        "output": output,
+        **changes,
+    }
+    words = [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))]
+    return ["prune", "--quiet", *words]
+
+
+def complaint(capsys, arguments):
+    """Exit status 2 and exactly one line on stderr, which is returned."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_prune_then_evaluate(inputs, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(prune_command(inputs, output, epochs=1)) == 0
+    printed = capsys.readouterr().out
+    stages = json.loads((output / "report.json").read_text())["stages"]
+    assert [row["stage"] for row in stages] == ["plain", "pruned", "re-estimated", "fine-tuned"]
+    assert all(row["stage"] in printed for row in stages)
+    plan = ccp_ext.PruningPlan.load(output / "plan.json")
+    assert stages[1]["MACs"] == plan.forecast["macs_after"] <= 0.5 * stages[0]["MACs"]
+    assert stages[1]["parameters"] == plan.forecast["parameters_after"] < stages[0]["parameters"]
+    assert not list(output.glob("*.pt"))
+
+    slim = str(output / "slim.safetensors")
+    data = str(inputs / "data.npz")
+    assert cli.main(
+        ["evaluate", "--quiet", "--model", "resnet8", "--weights", slim, "--data", data]
+    ) == 0
+    assert f"{stages[-1]['accuracy %']:.2f}" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(inputs, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = prune_command(inputs, output, criterion="l1")
+    assert cli.main(command) == 0
+    before = (output / "slim.safetensors").stat().st_mtime_ns
+    assert cli.main(command) == 0
+    assert (output / "slim.safetensors").stat().st_mtime_ns == before
+    capsys.readouterr()
+    error = complaint(capsys, prune_command(inputs, output, criterion="l2"))
+    assert "holds a run with criterion='l1', not 'l2'" in error
+
+
+@pytest.mark.parametrize("stage", ["plain", "statistics", "pruned", "re-estimated", "fine-tuned"])
+def test_an_interrupted_run_goes_on_to_the_same_model(
+    stage, inputs, tmp_path, capsys, monkeypatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main(prune_command(inputs, whole, epochs=1)) == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        if stage == "statistics":
+            original = pipeline._save_statistics
+
+            def interrupted(stats, checkpoint, batches):
+                original(stats, checkpoint, batches)
+                raise KeyboardInterrupt
+
+            patch.setattr(pipeline, "_save_statistics", interrupted)
+        else:
+            record = pipeline._Recorder.record
+
+            def interrupted(self, name, model):
+                if name == stage:
+                    raise KeyboardInterrupt
+                record(self, name, model)
+
+            patch.setattr(pipeline._Recorder, "record", interrupted)
+        capsys.readouterr()
+        assert cli.main(prune_command(inputs, broken, epochs=1)) == 130
+        assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert not (broken / "report.json").exists() and not list(broken.glob(".*"))
+
+    assert cli.main(prune_command(inputs, broken, epochs=1)) == 0
+    assert (broken / "slim.safetensors").read_bytes() == (whole / "slim.safetensors").read_bytes()
+
+
+def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, capsys):
+    (tmp_path / "broken.th").write_bytes(b"not a checkpoint")
+    torch.save(models.create("resnet20").state_dict(), tmp_path / "other.th")
+    poisoned = models.create("resnet8").state_dict()
+    poisoned["linear.weight"].fill_(float("nan"))
+    torch.save(poisoned, tmp_path / "nan.th")
+    with np.load(inputs / "data.npz") as arrays:
+        labels = arrays["train_labels"].copy()
+        labels[3] = -1
+        np.savez(tmp_path / "labels.npz", **{**arrays, "train_labels": labels})
+    cases = [
+        ({"weights": "missing.th"}, "weights 'missing.th': no such file"),
+        ({"weights": tmp_path / "broken.th"}, "not a readable PyTorch checkpoint"),
+        ({"weights": tmp_path / "other.th"}, "do not fit"),
+        ({"data": "missing.npz"}, "'missing.npz' is unknown"),
+        ({"data": tmp_path / "labels.npz"}, "label -1"),
+        ({"model": "resnet57"}, "resnet57"),
+        ({"model": "no_such_module:make"}, "cannot be imported"),
+        ({"criterion": "magic"}, "criterion must be one of"),
+        ({"macs": 0.01}, "0.01"),
+        ({"macs": 1.5}, "1.5"),
+        ({"macs": None, "ratio": 1.0}, "1.0"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"device": "tpu"}, "device must be auto or one of cpu"),
+        ({"epochs": 1, "learning-rate": -1}, "learning_rate"),
+    ]
+    for changes, message in cases:
+        output = tmp_path / "run"
+        error = complaint(capsys, prune_command(inputs, output, **changes))
+        assert message in error, changes
+        assert not output.exists(), changes
+    error = complaint(
+        capsys, prune_command(inputs, tmp_path / "nan", weights=tmp_path / "nan.th")
+    )
+    assert "not finite" in error
+    assert not (tmp_path / "nan" / "slim.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_statistics(inputs, monkeypatch):
+    """Finite outputs can still lose: the statistics look at the loss themselves."""
+    train = ccp_ext.datasets.load(inputs / "data.npz", "train")
+    model = models.create("resnet8").eval()
+    model.linear.bias.data[0] = float("inf")
+    graph = ccp_ext.trace(model, train.normalise(train.images[:1])).inner
+    with pytest.raises(ccp_ext.InputError, match="statistics: the loss is nan"):
+        pipeline.gather(model, graph, ccp_ext.criteria.get("ccp-paper"), train, progress=False)
+
+
+def test_info_and_criteria(capsys):
+    assert cli.main(["info"]) == 0
+    info = capsys.readouterr().out
+    assert ccp_ext.__version__ in info and torch.__version__ in info and "cpu" in info
+    assert cli.main(["criteria"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ccp_ext.criteria.names())
