@@ -33,7 +33,7 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// The name that Python prints, without "torch."; other types than the four by torch's C++ name.
+// The name that Python prints, without "torch."; for rarer types torch's C++ name.
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -44,6 +44,14 @@ inline std::string dtype_name(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return torch::headeronly::toString(dtype);
   }

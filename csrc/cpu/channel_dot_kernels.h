@@ -3,23 +3,39 @@
 
 namespace ccp::cpu::CCP_ISA {
 
+struct Offset {
+  int64_t x, g;
+};
+
+CCP_INLINE Offset offset_in(const Dim& dim, int64_t index) {
+  return {index * dim.x_stride, index * dim.g_stride};
+}
+
+// Where the `index`-th stretch of positions along the innermost dimension begins.
+CCP_INLINE Offset outer_offset(const ChannelDotLayout& layout, int64_t index) {
+  Offset offset{0, 0};
+  for (int d = layout.position_dims - 2; d >= 0; --d) {
+    const Offset step = offset_in(layout.position[d], index % layout.position[d].size);
+    offset = {offset.x + step.x, offset.g + step.g};
+    index /= layout.position[d].size;
+  }
+  return offset;
+}
+
 // Calls f(x offset, g offset, count) for each stretch of positions [begin, end) that has one
 // stride, that of the innermost dimension.
 template <class F>
 CCP_INLINE void for_each_run(const ChannelDotLayout& layout, int64_t begin, int64_t end, F f) {
   const Dim& inner = layout.innermost();
+  if (layout.position_dims == 1) {
+    const Offset start = offset_in(inner, begin);
+    return f(start.x, start.g, end - begin);
+  }
   while (begin < end) {
-    int64_t outer = begin / inner.size;
-    const int64_t first = begin % inner.size;
-    const int64_t count = std::min(inner.size - first, end - begin);
-    int64_t x = first * inner.x_stride, g = first * inner.g_stride;
-    for (int d = layout.position_dims - 2; d >= 0; --d) {
-      const Dim& dim = layout.position[d];
-      x += outer % dim.size * dim.x_stride;
-      g += outer % dim.size * dim.g_stride;
-      outer /= dim.size;
-    }
-    f(x, g, count);
+    const Offset outer = outer_offset(layout, begin / inner.size);
+    const Offset start = offset_in(inner, begin % inner.size);
+    const int64_t count = std::min(inner.size - begin % inner.size, end - begin);
+    f(outer.x + start.x, outer.g + start.g, count);
     begin += count;
   }
 }
@@ -38,7 +54,7 @@ CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const T* g, int64_t count) 
   for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * load(g + i);
   Acc tail = 0;
   for (; i < count; ++i) tail += widen(x[i]) * widen(g[i]);
-  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
 }
 
 template <class T>
@@ -52,7 +68,7 @@ CCP_INLINE Accumulator<T> sum_contiguous(const T* x, int64_t count) {
   for (; i + kStep <= count; i += kStep) acc[0] += load(x + i);
   Acc tail = 0;
   for (; i < count; ++i) tail += widen(x[i]);
-  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
 }
 
 template <class T>
@@ -81,19 +97,23 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length,
                         Accumulator<T>* sums, int64_t begin, int64_t end) {
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, samples = layout.sample.size;
+  int64_t c = begin % channels, n = begin / channels % samples, b = begin / channels / samples;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t c = item % channels, n = item / channels % samples;
-    const int64_t first = item / channels / samples * block_length;
+    const int64_t first = b * block_length;
     const int64_t last = std::min(first + block_length, layout.positions);
-    const T* x = static_cast<const T*>(params.x) + n * layout.sample.x_stride +
-                 c * layout.channel.x_stride;
-    const T* g = static_cast<const T*>(params.g) + n * layout.sample.g_stride +
-                 c * layout.channel.g_stride;
+    const Offset sample = offset_in(layout.sample, n), channel = offset_in(layout.channel, c);
+    const T* x = static_cast<const T*>(params.x) + sample.x + channel.x;
+    const T* g = static_cast<const T*>(params.g) + sample.g + channel.g;
     double sum = 0;
     for_each_run(layout, first, last, [&](int64_t x_offset, int64_t g_offset, int64_t count) {
       sum += dot_run(x + x_offset, g + g_offset, layout.innermost(), count);
     });
     sums[item] = static_cast<Accumulator<T>>(sum);
+    if (++c < channels) continue;
+    c = 0;
+    if (++n < samples) continue;
+    n = 0;
+    ++b;
   }
 }
 

@@ -9,7 +9,7 @@
 #ifdef CCP_MULTI_ISA
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define CCP_ISA avx2
 #define CCP_VECTOR_BYTES 32
 #include CCP_KERNELS
@@ -18,7 +18,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define CCP_ISA avx512
 #define CCP_VECTOR_BYTES 64
 #include CCP_KERNELS

@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CCP_MULTI_ISA
+#include <immintrin.h>
 #endif
 
 namespace ccp::cpu {
@@ -16,7 +17,8 @@ inline Isa best_isa() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return Isa::kAvx512;
     }
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
     return avx2 ? Isa::kAvx2 : Isa::kBaseline;
   }();
   return isa;
