@@ -179,7 +179,7 @@ def extension_modules(config: BuildConfig) -> list:
             "libraries": ["cudart_static", "dl", "rt", "pthread"],
         }
     info_flags = [f"-DCCP_BUILD_{name}={value}" for name, value in info.items()]
-    include_dirs = [str(ROOT / "csrc"), *cuda_options.pop("include_dirs", [])]
+    include_dirs = [str(ROOT), *cuda_options.pop("include_dirs", [])]
     modules = [
         cpp_extension.CppExtension(
             "ccp_ext._C",

@@ -1,7 +1,54 @@
-"""Channel pruning with pairwise channel importance."""
+"""Remove whole channels of convolutional networks, chosen by their joint effect on the loss.
+
+The way through: :func:`trace`, :func:`collect`, :func:`make_plan`, :func:`prune`,
+:func:`reestimate_batchnorm`, :func:`finetune`, :func:`save`, :func:`load`.
+"""
 
 from __future__ import annotations
 
-from ccp_ext import ops
+from ccp_ext import criteria, datasets, measure, models, ops
+from ccp_ext._build import build_info, usable_devices
+from ccp_ext.allocation import allocate
+from ccp_ext.compensation import reestimate_batchnorm
+from ccp_ext.cost import Cost
+from ccp_ext.errors import InputError
+from ccp_ext.evaluation import evaluate
+from ccp_ext.finetune import FinetuneConfig, finetune
+from ccp_ext.graph import ChannelGraph, Tap, trace
+from ccp_ext.plan import PruningPlan
+from ccp_ext.planning import make_plan
+from ccp_ext.selection import Choice, select
+from ccp_ext.statistics import Statistics, collect
+from ccp_ext.surgery import load, masked, prune, save
 
-__all__ = ["ops"]
+__version__ = build_info()["version"]
+
+__all__ = [
+    "ChannelGraph",
+    "Choice",
+    "Cost",
+    "FinetuneConfig",
+    "InputError",
+    "PruningPlan",
+    "Statistics",
+    "Tap",
+    "allocate",
+    "build_info",
+    "collect",
+    "criteria",
+    "datasets",
+    "evaluate",
+    "finetune",
+    "load",
+    "make_plan",
+    "masked",
+    "measure",
+    "models",
+    "ops",
+    "prune",
+    "reestimate_batchnorm",
+    "save",
+    "select",
+    "trace",
+    "usable_devices",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ccp_ext import _C
 
 
@@ -17,3 +19,9 @@ def build_info() -> dict[str, object]:
     architectures = built["architectures"].split(",") if built["architectures"] else []
     cuda = bool(architectures)
     return {**built, "nvcc": built["nvcc"] or None, "architectures": architectures, "cuda": cuda}
+
+
+def usable_devices() -> list[str]:
+    """Devices on which this build and this machine can run the operators: "cpu", then GPUs."""
+    gpus = torch.cuda.device_count() if build_info()["cuda"] and torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{k}" for k in range(gpus))]

@@ -36,7 +36,7 @@ class Allocation:
 
     Attributes:
         keep: {group name: channels that stay}, every group of the graph, in its order.
-        kind: the budget's kind: "macs", "parameters", "ratio" or "per_group".
+        kind: the budget's kind: "macs", "params", "ratio" or "per_group".
         budget: the largest cost allowed, in MACs or parameters; None for the other kinds.
         achieved: the cost of ``keep`` in the same unit, at most ``budget``; None likewise.
     """
@@ -51,7 +51,7 @@ def allocate(
     graph: _Graph,
     *,
     macs: float | int | None = None,
-    parameters: float | int | None = None,
+    params: float | int | None = None,
     ratio: float | Mapping[str, float] | None = None,
     per_group: Mapping[str, float | int] | None = None,
     multiple: int = 1,
@@ -59,7 +59,7 @@ def allocate(
 ) -> Allocation:
     """Turn one budget into the number of channels that each group keeps.
 
-    For ``macs`` and ``parameters`` all groups keep one common fraction of their channels, the
+    For ``macs`` and ``params`` all groups keep one common fraction of their channels, the
     largest that the budget allows. What this leaves is used up by giving back single channels
     (or ``multiple``), each time to the group that keeps the smallest fraction and still fits.
 
@@ -68,7 +68,7 @@ def allocate(
             ``parameters(keep)``.
         macs: what to KEEP: a float in (0, 1] is a fraction of the plain model's multiply-accumulate
             operations, an int is a count.
-        parameters: likewise for parameters.
+        params: likewise for parameters.
         ratio: the fraction of channels to REMOVE in each group, in [0, 1), rounded down to a count;
             a mapping gives it by group name, and groups without an entry keep all channels.
         per_group: by group name, the channels to KEEP as an int or the fraction to REMOVE as a
@@ -80,7 +80,7 @@ def allocate(
         InputError: not exactly one budget, a value out of range, an unknown group, or a budget
             below what ``minimum`` and ``multiple`` let the model reach.
     """
-    budgets = {"macs": macs, "parameters": parameters, "ratio": ratio, "per_group": per_group}
+    budgets = {"macs": macs, "params": params, "ratio": ratio, "per_group": per_group}
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) != 1:
         raise InputError(
@@ -94,8 +94,8 @@ def allocate(
     kind = given[0]
     if kind == "macs":
         return _within(graph.macs, kind, macs, widths)
-    if kind == "parameters":
-        return _within(graph.parameters, kind, parameters, widths)
+    if kind == "params":
+        return _within(graph.parameters, kind, params, widths)
     if kind == "ratio":
         return Allocation(_by_ratio(ratio, widths), kind)
     return Allocation(_by_group(per_group, widths), kind)

@@ -1,8 +1,8 @@
 // Checks and parameters of channel_dot, common to every device.
 #pragma once
 
-#include "check.h"
-#include "params.h"
+#include "csrc/check.h"
+#include "csrc/params.h"
 
 namespace ccp {
 

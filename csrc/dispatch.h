@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "check.h"
-#include "math.h"
+#include "csrc/check.h"
+#include "csrc/math.h"
 
 namespace ccp {
 

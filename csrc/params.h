@@ -1,7 +1,7 @@
 // What the kernels receive: plain data, all strides in elements.
 #pragma once
 
-#include "layout.h"
+#include "csrc/layout.h"
 
 namespace ccp {
 
@@ -17,6 +17,7 @@ struct WeightedGramParams {
   void* S;            // [channels, channels], unit column stride
   const void* a;      // [samples, terms, channels]
   const void* sigma;  // [samples, terms], or null for all ones
+  bool sigma_is_double;
   int64_t channels, samples, terms;
   int64_t S_stride;
   int64_t a_sample_stride, a_term_stride, a_channel_stride;

@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "check.h"
-#include "params.h"
+#include "csrc/check.h"
+#include "csrc/params.h"
 
 namespace ccp {
 
@@ -81,6 +81,7 @@ inline WeightedGramParams weighted_gram_params(const Tensor& S, const Tensor& a,
   params.a_channel_stride = a.stride(a.dim() - 1);
   if (sigma) {
     params.sigma = sigma->const_data_ptr();
+    params.sigma_is_double = sigma->scalar_type() == ScalarType::Double;
     params.sigma_sample_stride = sigma->stride(0);
     params.sigma_term_stride = has_terms ? sigma->stride(1) : 0;
   }

@@ -153,7 +153,7 @@ def test_no_single_swap_improves_the_result_of_swap(kind, r):
             assert change >= -1e-11 * terms - 1e-13 * abs(before)
 
 
-def test_swap_descent_reaches_the_optimum_that_one_swap_away_from_the_start():
+def test_swap_descent_reaches_an_optimum_that_is_one_swap_away():
     S, u = np.eye(4), np.array([4.0, 3.0, 2.0, 1.0])
     start = np.array([True, False, False, True])
     assert _solver.swap_descent(S, u, start).tolist() == [True, True, False, False]
@@ -215,7 +215,8 @@ def test_every_real_dtype_is_computed_in_float64(dtype):
     Q = torch.randint(-3, 4, (8, 10), generator=torch.Generator().manual_seed(1))
     F = (Q.T @ Q).to(dtype)
     exact = select(F.double(), r=4)
-    for given in (F, F.requires_grad_(F.is_floating_point()), F.detach().tolist()):
+    tracked = F.clone().requires_grad_(F.is_floating_point())
+    for given in (F, tracked, F.tolist()):
         choice = select(given, r=4)
         assert torch.equal(choice.removed, exact.removed)
         assert choice.objective == exact.objective
@@ -358,7 +359,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input_is_named(arguments, message):
-    with pytest.raises(InputError, match=rf"select: .*{message}|select: {message}"):
+    with pytest.raises(InputError, match=f"select: .*{message}"):
         select(**arguments)
 
 
@@ -386,7 +387,9 @@ def test_random_subset_has_r_ones_and_favours_no_channel():
     assert (masks.sum(dim=0) - 1000).abs().max() < 137
 
 
-@pytest.mark.parametrize("arguments", [(-1, 0, 0), (5, 6, 0), (5, 2, -1), (5, 2, 2**64), (2.5, 1, 0)])
+@pytest.mark.parametrize(
+    "arguments", [(-1, 0, 0), (5, 6, 0), (5, 2, -1), (5, 2, 2**64), (2.5, 1, 0)]
+)
 def test_random_subset_names_bad_input(arguments):
     with pytest.raises(InputError, match="random_subset: "):
         random_subset(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -22,32 +23,15 @@ class Call:
     module: nn.Module
     nodes: list[Node] = field(default_factory=list)
 
-    @property
-    def output(self) -> Node | None:
-        """The only node whose value leaves the call; None if there are several."""
-        inside = set(self.nodes)
-        leaving = [n for n in self.nodes if any(user not in inside for user in users(n))]
-        return leaving[0] if len(leaving) == 1 else None
-
-    @property
-    def input(self) -> Node | None:
-        """The only computed tensor that enters the call; None if there are several."""
-        inside = set(self.nodes)
-        entering = {
-            argument
-            for node in self.nodes
-            for argument in node.all_input_nodes
-            if argument not in inside and not is_state(argument)
-        }
-        return entering.pop() if len(entering) == 1 else None
-
 
 class Calls:
     """The calls of all leaf modules of a model, from the stacks that torch.export records."""
 
-    def __init__(self, model: nn.Module, nodes: list[Node]) -> None:
+    def __init__(self, model: nn.Module, nodes: list[Node], states: Collection[Node]) -> None:
+        """``states`` are the nodes that stand for parameters, buffers and constants."""
         self._first_paths = {id(m): name for name, m in model.named_modules()}
         self._model = model
+        self._states = states
         self._by_key: dict[str, Call] = {}
         self._innermost: dict[Node, str] = {}
         self._of_module: dict[str, list[Call]] = {}
@@ -69,6 +53,18 @@ class Calls:
         is_leaf = call is not None and next(call.module.children(), None) is None
         return call if is_leaf and len(self.of_module(call.path)) == 1 else None
 
+    def output(self, call: Call) -> Node | None:
+        """The only node of the call whose value leaves it; None if there are several."""
+        inside = set(call.nodes)
+        leaving = [n for n in call.nodes if any(user not in inside for user in users(n))]
+        return leaving[0] if len(leaving) == 1 else None
+
+    def input(self, call: Call) -> Node | None:
+        """The only computed tensor that enters the call; None if there are several."""
+        outside = set(call.nodes).union(self._states)
+        entering = {n for node in call.nodes for n in node.all_input_nodes if n not in outside}
+        return entering.pop() if len(entering) == 1 else None
+
     def owner(self, parameter: str) -> tuple[str, nn.Module]:
         """Path and module of the parameter or buffer of that full name."""
         module = self._model.get_submodule(parameter.rpartition(".")[0])
@@ -89,8 +85,3 @@ class Calls:
 def users(node: Node) -> list[Node]:
     """The nodes that read the value; assertions do not."""
     return [user for user in node.users if "_assert" not in str(user.target)]
-
-
-def is_state(node: Node) -> bool:
-    """Whether the value is a parameter, a buffer or a constant of the model."""
-    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))

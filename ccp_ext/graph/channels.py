@@ -135,7 +135,7 @@ class ChannelGraph:
         fixed: channels that cannot be removed, with the reason.
         layers: modules whose weights have channels.
         paddings: modules that add channels of zeros.
-        other_parameters: parameters that no layer holds.
+        other_macs, other_parameters: what no layer accounts for.
     """
 
     model_name: str
@@ -145,6 +145,7 @@ class ChannelGraph:
     fixed: tuple[Fixed, ...]
     layers: tuple[Layer, ...] = field(repr=False)
     paddings: tuple[Padding, ...] = field(repr=False)
+    other_macs: int = field(repr=False)
     other_parameters: int = field(repr=False)
 
     def __getitem__(self, name: str) -> Group:
@@ -178,10 +179,10 @@ class ChannelGraph:
         return replace(self, groups=tuple(chosen))
 
     def macs(self, keep: Mapping[str, int] | None = None) -> int:
-        """Multiply-accumulate operations of convolutions and linear layers.
+        """Multiply-accumulate operations of convolutions and matrix products.
 
         For one forward pass on inputs of the traced shapes, all samples; the addition of a bias
-        counts nothing.
+        counts nothing. A forecast: :func:`ccp_ext.measure.macs` of the pruned model is the same.
 
         Args:
             keep: {group name: channels that stay}; all stay in a group without an entry.
@@ -190,7 +191,7 @@ class ChannelGraph:
             InputError: unknown group, or a count outside of 1 to its channels.
         """
         size = self._sizes(keep)
-        return sum(
+        return self.other_macs + sum(
             size(layer.module, "out", layer.out)
             * size(layer.module, "in", layer.inputs)
             * layer.pair_macs
@@ -207,6 +208,14 @@ class ChannelGraph:
                 + layer.out_parameters
             )
             for layer in self.layers
+        )
+
+    def with_totals(self, macs: int, parameters: int) -> ChannelGraph:
+        """The graph with what the layers do not account for set by the totals of the model."""
+        return replace(
+            self,
+            other_macs=self.other_macs + macs - self.macs(),
+            other_parameters=self.other_parameters + parameters - self.parameters(),
         )
 
     def cuts(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Cut]:

@@ -169,9 +169,17 @@ class Propagation:
         call = self.calls.of(node)
         return f"{name} in {f'module {call.path!r}' if call and call.path else 'the model itself'}"
 
+    def opaque(self, node: Node, outputs: int, detail: str) -> tuple[int, ...]:
+        """Fixed atoms for a layer that is not followed, so that it can be reported."""
+        self.give_up(node, detail)
+        call = self.calls.of(node)
+        atoms = self.new_atoms(call.path if call else node.name, range(outputs))
+        self.fix(atoms, f"{self.where(node)}: {detail}")
+        return atoms
+
     def give_up(self, node: Node, detail: str) -> None:
-        """Fix everything that the node reads."""
-        reason = f"{self.where(node)}{f': {detail}' if detail else ' is not supported'}"
+        """Fix what the node reads, and the modules whose parameters it reads."""
+        reason = f"{self.where(node)}: {detail}"
         for argument in node.all_input_nodes:
             if argument in self.maps:
                 self.fix(self.maps[argument].atoms, reason)

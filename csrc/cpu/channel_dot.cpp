@@ -1,15 +1,15 @@
-#include "channel_dot.h"
+#include "csrc/channel_dot.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
-#include "cpu/isa.h"
-#include "dispatch.h"
+#include "csrc/cpu/isa.h"
+#include "csrc/dispatch.h"
 
-#define CCP_KERNELS "cpu/channel_dot_kernels.h"
-#include "cpu/for_each_isa.h"
+#define CCP_KERNELS "csrc/cpu/channel_dot_kernels.h"
+#include "csrc/cpu/for_each_isa.h"
 
 namespace ccp::cpu {
 namespace {

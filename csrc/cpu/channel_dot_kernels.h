@@ -1,5 +1,5 @@
 // The CPU kernels of channel_dot. Included once per instruction set, hence no include guard.
-#include "cpu/vector.h"
+#include "csrc/cpu/vector.h"
 
 namespace ccp::cpu::CCP_ISA {
 

@@ -63,21 +63,22 @@ inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const 
   __builtin_memcpy(tile, acc, sizeof acc);
 }
 
-// Adds the product of panel I and panel J, I <= J, to S and, mirrored, to its lower triangle.
+// Adds the product of two panels to the upper triangle of S and, mirrored, to the lower one.
 template <class Acc>
 void add_tile(const WeightedGramParams& params, const Acc* left, const Acc* right, int64_t depth,
-              int64_t I, int64_t J) {
+              TileIndex index) {
   constexpr int kSide = kPanel<Acc>;
   alignas(64) Acc tile[kSide][kSide];
   for (int r = 0; r < kSide; r += kTileRows) multiply_rows(left + r, right, depth, tile[r]);
   Acc* S = static_cast<Acc*>(params.S);
-  const int64_t i0 = I * kSide, j0 = J * kSide, stride = params.S_stride;
+  const int64_t i0 = index.row * kSide, j0 = index.column * kSide, stride = params.S_stride;
   const int64_t rows = std::min<int64_t>(kSide, params.channels - i0);
   const int64_t columns = std::min<int64_t>(kSide, params.channels - j0);
+  const bool diagonal = index.row == index.column;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = I == J ? i : 0; j < columns; ++j) S[(i0 + i) * stride + j0 + j] += tile[i][j];
+    for (int64_t j = diagonal ? i : 0; j < columns; ++j) S[(i0 + i) * stride + j0 + j] += tile[i][j];
   for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < (I == J ? j : rows); ++i) S[(j0 + j) * stride + i0 + i] += tile[i][j];
+    for (int64_t i = 0; i < (diagonal ? j : rows); ++i) S[(j0 + j) * stride + i0 + i] += tile[i][j];
 }
 
 }  // namespace ccp::cpu::CCP_ISA

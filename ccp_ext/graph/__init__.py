@@ -1,0 +1,13 @@
+"""Which channels of a model live and die together.
+
+``channels`` holds the data types, ``tracing`` makes a graph of a model, ``rules`` knows the
+operators, ``propagate`` keeps the positions of the channels, ``groups`` puts them together,
+``calls`` relates operators to modules, and ``probe`` runs the model on fake tensors.
+"""
+
+from __future__ import annotations
+
+from ccp_ext.graph.channels import ChannelGraph, Fixed, Group, InputSpec, Layer, Slice, Tap
+from ccp_ext.graph.tracing import trace
+
+__all__ = ["ChannelGraph", "Fixed", "Group", "InputSpec", "Layer", "Slice", "Tap", "trace"]

@@ -1,0 +1,161 @@
+"""Tracing a model into its channel graph."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ccp_ext import measure
+from ccp_ext.cutting import fingerprint
+from ccp_ext.errors import InputError
+from ccp_ext.evaluation import training_flags_kept
+from ccp_ext.graph import rules
+from ccp_ext.graph.calls import Calls
+from ccp_ext.graph.channels import ChannelGraph, InputSpec, Layer, Padding
+from ccp_ext.graph.groups import find_fixed, find_groups
+from ccp_ext.graph.probe import Probe
+from ccp_ext.graph.propagate import Propagation, Record
+
+
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ChannelGraph:
+    """Find out which channels of a model live and die together.
+
+    The model is exported in eval mode with torch.export, and the position of every channel is
+    followed through every operator. Where an operator is not known, or the model's code relies on
+    the number of channels, the channels stay; ``ChannelGraph.fixed`` says which and why. The model
+    is left as it was: training flags, buffers and random state included.
+
+    Args:
+        model: any module that torch.export can handle.
+        example_inputs: a tensor, or the tensors of the positional arguments, on the model's device.
+            Their values do not matter, their shapes decide the operation counts.
+
+    Raises:
+        InputError: the model cannot be exported, or the inputs are not tensors with elements.
+    """
+    arguments = measure.as_arguments(example_inputs)
+    for i, x in enumerate(arguments):
+        if x.numel() == 0:
+            raise InputError(f"example_inputs[{i}] has no elements, its shape is {tuple(x.shape)}")
+    with training_flags_kept(model), random_state_kept(model):
+        model.eval()
+        state = _propagate(model, arguments)
+        probe = Probe(model, arguments)
+        graph = _graph(model, arguments, state, probe)
+        for name, error in probe.misfits(graph).items():
+            reason = f"the model's code relies on their number: {error}"
+            for part in graph[name].producers:
+                out = state.records[part.module].out
+                state.fix((out[positions[0]] for positions in part.index), reason)
+        return _graph(model, arguments, state, probe)
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Give the generators of the CPU and of the model's GPUs their state back at the end."""
+    tensors = (*model.parameters(), *model.buffers())
+    with torch.random.fork_rng(sorted({t.get_device() for t in tensors if t.is_cuda})):
+        yield
+
+
+def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
+    try:
+        with torch.enable_grad():
+            program = torch.export.export(model, arguments)
+    except Exception as error:  # torch.export documents no common base class
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: "
+            f"{first_line}"
+        ) from error
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    nodes = list(program.graph.nodes)
+    _follow_in_place_results(nodes)
+    inputs = set(signature.user_inputs)
+    states = {n for n in nodes if n.op == "placeholder" and n.name not in inputs}
+    state_names = {node: names[node.name] for node in states if node.name in names}
+    state = Propagation(Calls(model, nodes, states), state_names)
+    for node in nodes:
+        _visit(state, node)
+    _pin_tied_parameters(state, model)
+    state.fix_pinned()
+    return state
+
+
+def _visit(state: Propagation, node: Node) -> None:
+    if node.op == "output":
+        for argument in node.all_input_nodes:
+            if argument in state.maps:
+                state.fix(state.maps[argument].atoms, "output of the model")
+    elif node.op == "call_function":
+        channels = rules.apply(state, node)
+        if channels is not None:
+            state.maps[node] = channels
+
+
+def _follow_in_place_results(nodes: list[Node]) -> None:
+    """Let whoever reads a tensor after it was changed in place read the result of that change."""
+    order = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op == "call_function" and rules.is_in_place(node) and node.args:
+            changed = node.args[0]
+            changed.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
+
+
+def _pin_tied_parameters(state: Propagation, model: nn.Module) -> None:
+    """Fix the channels of modules that hold one parameter together."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].add(state.calls.owner(name)[0])
+    for paths in owners.values():
+        if len(paths) > 1:
+            for path in paths:
+                shared = ", ".join(repr(p) for p in sorted(paths))
+                state.pin(path, f"modules {shared} share a parameter")
+
+
+def _graph(
+    model: nn.Module, arguments: tuple[Tensor, ...], state: Propagation, probe: Probe
+) -> ChannelGraph:
+    groups = find_groups(state)
+    records = state.records.values()
+    graph = ChannelGraph(
+        model_name=type(model).__name__,
+        fingerprint=fingerprint(model),
+        inputs=tuple(
+            InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in arguments
+        ),
+        groups=groups,
+        fixed=find_fixed(state),
+        layers=tuple(_layer(record) for record in records if record.kind != "padding"),
+        paddings=tuple(_padding(record) for record in records if record.kind == "padding"),
+        other_macs=0,
+        other_parameters=0,
+    )
+    return graph.with_totals(macs=probe.macs, parameters=measure.parameters(model))
+
+
+def _layer(record: Record) -> Layer:
+    tensors = dict(record.module.named_parameters(recurse=False))
+    weight = tensors.get("weight")
+    has_kernel = weight is not None and weight.dim() > 1
+    return Layer(
+        module=record.path,
+        out=len(record.out),
+        inputs=weight.shape[1] if has_kernel else 0,
+        pair_parameters=math.prod(weight.shape[2:]) if has_kernel else 0,
+        out_parameters=sum(tensor.dim() == 1 for tensor in tensors.values()),
+        pair_macs=record.pair_macs,
+    )
+
+
+def _padding(record: Record) -> Padding:
+    before, after = record.module.channel_padding
+    return Padding(record.path, before, len(record.out) - before - after, after)

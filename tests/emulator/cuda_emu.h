@@ -1,0 +1,266 @@
+// Runs CUDA kernels on the CPU, so that their indexing, their barriers and their shared memory are
+// tested where there is no GPU.
+//
+// A block's threads are fibers on one system thread; the scheduler resumes them in an order shuffled
+// by a seed, and blocks run one after another. Under AddressSanitizer and UndefinedBehaviorSanitizer
+// a kernel's bad accesses are reported as in any program. Under ThreadSanitizer every fiber is a
+// thread of its own, synchronised with others only by barriers and shuffles: a missing barrier is
+// reported as the data race that it is.
+//
+// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory. Not emulated:
+// timing, atomics, asynchronous copies, the memory model between blocks.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+// The scheduler's own state is no concern of the race detector.
+#define EMU_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
+#else
+#define EMU_UNCHECKED
+#endif
+
+namespace emu {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+// Which barrier every thread walks past as if it were missing: 1 is the first that it meets.
+inline unsigned dropped_barrier = 0;
+
+namespace race_detector {
+
+#ifdef __SANITIZE_THREAD__
+constexpr unsigned kNoSynchronisation = 1;
+inline void* current() { return __tsan_get_current_fiber(); }
+inline void* create() { return __tsan_create_fiber(0); }
+inline void destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
+EMU_UNCHECKED inline void switch_to(void* fiber) {
+  __tsan_switch_to_fiber(fiber, kNoSynchronisation);
+}
+EMU_UNCHECKED inline void acquire(void* address) { __tsan_acquire(address); }
+EMU_UNCHECKED inline void release(void* address) { __tsan_release(address); }
+#else
+inline void* current() { return nullptr; }
+inline void* create() { return nullptr; }
+inline void destroy(void*) {}
+inline void switch_to(void*) {}
+inline void acquire(void*) {}
+inline void release(void*) {}
+#endif
+
+}  // namespace race_detector
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned index;
+  State state;
+  unsigned block_barriers_met;
+  unsigned warp_barriers_met;
+  uint64_t shuffled;  // the value that this lane offers to a shuffle
+  void* detector;
+};
+
+struct Block {
+  dim3 block_index, block_size, grid_size;
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  void* scheduler_detector = nullptr;
+  Fiber* running = nullptr;
+  std::function<void()> body;
+  std::mt19937 random;
+  // What the race detector takes for the synchronising objects. Barriers take turns between two: a
+  // thread that is already at the next barrier must not synchronise with one still at this one.
+  char start, finish;
+  char block_barrier[2];
+  char warp_barrier[32][2];
+};
+
+inline Block* block = nullptr;
+
+EMU_UNCHECKED inline void yield(State state) {
+  Fiber* self = block->running;
+  self->state = state;
+  race_detector::switch_to(block->scheduler_detector);
+  swapcontext(&self->context, &block->scheduler);
+}
+
+EMU_UNCHECKED inline void run_fiber() {
+  race_detector::acquire(&block->start);
+  block->body();
+  race_detector::release(&block->finish);
+  yield(State::kDone);
+}
+
+EMU_UNCHECKED inline void start_fiber(Fiber& fiber, unsigned index) {
+  fiber.index = index;
+  fiber.state = State::kReady;
+  fiber.block_barriers_met = 0;
+  fiber.warp_barriers_met = 0;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_fiber, 0);
+}
+
+EMU_UNCHECKED inline void resume_ready_fibers() {
+  std::vector<unsigned> order(block->fibers.size());
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), block->random);
+  for (const unsigned i : order) {
+    Fiber& fiber = block->fibers[i];
+    if (fiber.state != State::kReady) continue;
+    block->running = &fiber;
+    race_detector::switch_to(fiber.detector);
+    swapcontext(&block->scheduler, &fiber.context);
+  }
+}
+
+// Releases fibers [begin, end) if all of them wait at the same kind of barrier.
+EMU_UNCHECKED inline bool release_together(size_t begin, size_t end, State barrier) {
+  for (size_t i = begin; i < end; ++i)
+    if (block->fibers[i].state != barrier) return false;
+  for (size_t i = begin; i < end; ++i) block->fibers[i].state = State::kReady;
+  return true;
+}
+
+EMU_UNCHECKED inline size_t count(State state) {
+  size_t total = 0;
+  for (const Fiber& fiber : block->fibers) total += fiber.state == state;
+  return total;
+}
+
+EMU_UNCHECKED inline void run_block() {
+  const size_t threads = block->fibers.size();
+  race_detector::release(&block->start);
+  for (size_t i = 0; i < threads; ++i) start_fiber(block->fibers[i], static_cast<unsigned>(i));
+  for (;;) {
+    resume_ready_fibers();
+    if (count(State::kDone) == threads) break;
+    bool released = release_together(0, threads, State::kAtBlockBarrier);
+    for (size_t warp = 0; warp < threads; warp += kWarp)
+      released |= release_together(warp, std::min(warp + kWarp, threads), State::kAtWarpBarrier);
+    if (!released) {
+      throw std::runtime_error("deadlock: of " + std::to_string(threads) + " threads " +
+                               std::to_string(count(State::kAtBlockBarrier)) +
+                               " wait at __syncthreads, " +
+                               std::to_string(count(State::kAtWarpBarrier)) +
+                               " at a warp barrier, and " + std::to_string(count(State::kDone)) +
+                               " have finished");
+    }
+  }
+  race_detector::acquire(&block->finish);
+}
+
+// Runs kernel<<<grid, threads>>>(arguments...) in the schedule that `seed` gives.
+template <class Kernel, class... Arguments>
+void launch(unsigned grid, unsigned threads, unsigned seed, Kernel kernel,
+            const Arguments&... arguments) {
+  Block state;
+  state.block_size = {threads, 1, 1};
+  state.grid_size = {grid, 1, 1};
+  state.random.seed(seed);
+  state.body = [&] { kernel(arguments...); };
+  state.fibers.resize(threads);
+  for (Fiber& fiber : state.fibers) {
+    fiber.stack.reset(new char[kStackBytes]);
+    fiber.detector = race_detector::create();
+  }
+  state.scheduler_detector = race_detector::current();
+  block = &state;
+  for (unsigned i = 0; i < grid; ++i) {
+    state.block_index = {i, 0, 0};
+    run_block();
+  }
+  for (Fiber& fiber : state.fibers) race_detector::destroy(fiber.detector);
+  block = nullptr;
+}
+
+EMU_UNCHECKED inline dim3 thread_index() { return {block->running->index, 0, 0}; }
+EMU_UNCHECKED inline dim3 block_index() { return block->block_index; }
+EMU_UNCHECKED inline dim3 grid_size() { return block->grid_size; }
+EMU_UNCHECKED inline unsigned lane() { return block->running->index % kWarp; }
+
+EMU_UNCHECKED inline void sync_block() {
+  const unsigned met = ++block->running->block_barriers_met;
+  if (met == dropped_barrier) return;
+  char* barrier = &block->block_barrier[met % 2];
+  race_detector::release(barrier);
+  yield(State::kAtBlockBarrier);
+  race_detector::acquire(barrier);
+}
+
+EMU_UNCHECKED inline void sync_warp() {
+  const unsigned met = ++block->running->warp_barriers_met;
+  char* barrier = &block->warp_barrier[block->running->index / kWarp][met % 2];
+  race_detector::release(barrier);
+  yield(State::kAtWarpBarrier);
+  race_detector::acquire(barrier);
+}
+
+// The value that lane `source` of this warp offers; every lane of the warp must call.
+template <class T>
+EMU_UNCHECKED T shuffle(T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Fiber* self = block->running;
+  __builtin_memcpy(&self->shuffled, &value, sizeof value);
+  yield(State::kAtWarpBarrier);
+  T received;
+  const unsigned first = self->index / kWarp * kWarp;
+  __builtin_memcpy(&received, &block->fibers[first + source].shuffled, sizeof received);
+  yield(State::kAtWarpBarrier);
+  return received;
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::thread_index())
+#define blockIdx (emu::block_index())
+#define gridDim (emu::grid_size())
+
+inline void __syncthreads() { emu::sync_block(); }
+inline void __syncwarp() { emu::sync_warp(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
+  if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
+  return emu::shuffle(value, emu::lane() ^ lanes);
+}

@@ -1,0 +1,112 @@
+// The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
+#include "csrc/cuda/launch.h"
+#include "csrc/triangle.h"
+#include "testing.h"
+
+namespace {
+
+using ccp::ChannelDotLayout;
+using ccp::ChannelDotParams;
+using ccp::LayoutKind;
+using Sizes = std::vector<int64_t>;
+using testing::expect;
+
+ChannelDotLayout layout_of(const Sizes& sizes, const Sizes& x_strides, const Sizes& g_strides,
+                           int64_t channel_dim = 1) {
+  ChannelDotLayout layout;
+  expect("layout", ccp::make_layout(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                    x_strides.data(), g_strides.data(), channel_dim, &layout));
+  return layout;
+}
+
+void test_layouts() {
+  const Sizes sizes{2, 3, 4, 5}, rows{60, 20, 5, 1}, last{60, 1, 15, 3};
+  const ChannelDotLayout contiguous = layout_of(sizes, rows, rows);
+  expect("contiguous positions merge", contiguous.kind == LayoutKind::kRows &&
+                                           contiguous.position_dims == 1 &&
+                                           contiguous.positions == 20);
+  expect("channels last", layout_of(sizes, last, last).kind == LayoutKind::kChannelsLast);
+  expect("mixed layouts are strided", layout_of(sizes, rows, last).kind == LayoutKind::kStrided);
+  expect("a crop keeps two dimensions",
+         layout_of(sizes, {200, 50, 10, 1}, {200, 50, 10, 1}).position_dims == 2);
+  expect("an expanded g merges to one stride of 0",
+         layout_of(sizes, rows, {0, 0, 0, 0}).position_dims == 1);
+  expect("[N, C] is channels last",
+         layout_of({4, 7}, {7, 1}, {7, 1}).kind == LayoutKind::kChannelsLast);
+  expect("strides of size-1 dimensions do not matter",
+         layout_of({2, 3, 4, 1}, {12, 4, 1, 99}, {12, 4, 1, 7}).kind == LayoutKind::kRows);
+  ChannelDotLayout layout;
+  const Sizes many(11, 2);
+  Sizes gaps(11);
+  for (size_t i = 0; i < gaps.size(); ++i) gaps[i] = static_cast<int64_t>(std::pow(3, 10 - i));
+  expect("nine strided dimensions are refused",
+         !ccp::make_layout(11, many.data(), gaps.data(), gaps.data(), 1, &layout));
+}
+
+void test_vector_width() {
+  alignas(16) float data[64];
+  const auto width = [&](const float* x, const ChannelDotLayout& layout) {
+    return ccp::vector_width(ChannelDotParams{x, data, nullptr, layout}, sizeof(float));
+  };
+  const ChannelDotLayout rows = layout_of({2, 3, 8}, {24, 8, 1}, {24, 8, 1});
+  expect("aligned rows", width(data, rows) == 4);
+  expect("misaligned rows", width(data + 1, rows) == 1);
+  expect("odd rows", width(data, layout_of({2, 3, 7}, {21, 7, 1}, {21, 7, 1})) == 1);
+  expect("rows with a gap", width(data, layout_of({2, 3, 4}, {15, 5, 1}, {15, 5, 1})) == 1);
+  expect("aligned channels", width(data, layout_of({2, 8, 3}, {24, 1, 8}, {24, 1, 8})) == 4);
+  expect("odd channels", width(data, layout_of({2, 7, 3}, {21, 1, 7}, {21, 1, 7})) == 1);
+  expect("g broadcast along positions",
+         width(data, layout_of({2, 8, 3}, {24, 1, 8}, {8, 1, 0})) == 4);
+}
+
+void test_split() {
+  for (const int64_t length : {1, 7, 64, 1000, 65536, 1000003}) {
+    for (const int64_t blocks : {1, 5, 132, 100000}) {
+      for (const int64_t granule : {1, 4, 16}) {
+        const ccp::Split split = ccp::split_work(length, 64, granule, blocks);
+        const std::string name = "split of " + std::to_string(length) + " among " +
+                                 std::to_string(blocks) + " by " + std::to_string(granule);
+        expect(name + " covers", split.count * split.length >= length);
+        expect(name + " has no empty part", (split.count - 1) * split.length < length);
+        expect(name + " keeps the granule", split.length % granule == 0);
+        expect(name + " fills the device once", (split.count - 1) * blocks < ccp::kTargetBlocks);
+      }
+    }
+  }
+}
+
+void test_grid() {
+  expect("a grid is never empty", ccp::grid_size(0) == 1);
+  expect("a grid stays within the limit", ccp::grid_size(int64_t{1} << 40) == 0x7fffffffu);
+  ChannelDotParams params{};
+  params.layout = layout_of({1 << 20, 1 << 14, 49}, {802816, 49, 1}, {802816, 49, 1});
+  const ccp::ChannelDotLaunch launch = ccp::plan_channel_dot(params, 4);
+  expect("more than 2^32 rows are all covered",
+         launch.blocks * (ccp::kBlockThreads / launch.threads_per_row) >= int64_t{1} << 34);
+  params.layout = layout_of({1, 8, 100000}, {800000, 1, 8}, {800000, 1, 8});
+  expect("a single sample is split", ccp::plan_channel_dot(params, 4).split.count > 100);
+}
+
+void test_tiles() {
+  int64_t index = 0;
+  for (int64_t column = 0; column < 600; ++column) {
+    for (int64_t row = 0; row <= column; ++row, ++index) {
+      const ccp::TileIndex tile = ccp::upper_tile(index);
+      if (tile.row != row || tile.column != column) expect("tile " + std::to_string(index), false);
+    }
+  }
+  const int64_t column = 1234567, first = column * (column + 1) / 2;
+  expect("first tile of a distant column", ccp::upper_tile(first).column == column);
+  expect("last tile of a distant column", ccp::upper_tile(first - 1).row == column - 1);
+}
+
+}  // namespace
+
+int main() {
+  test_layouts();
+  test_vector_width();
+  test_split();
+  test_grid();
+  test_tiles();
+  return testing::report();
+}
