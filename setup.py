@@ -1,4 +1,4 @@
-"""Builds the two native modules: the operators (``ccp_ext._C``) and the solver (``ccp_ext._solver``).
+"""Builds the native modules: the operators, ``ccp_ext._C``, and the solver, ``ccp_ext._solver``.
 
 ``CCP_CUDA`` decides about the CUDA kernels:
 
@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,8 @@ def build_config(
         toolkit: What ``find_toolkit`` found.
 
     Raises:
-        SystemExit: ``CCP_CUDA`` has another value than auto, 1 and 0, or is 1 and nvcc is missing or
-            of another CUDA major version than torch.
+        SystemExit: ``CCP_CUDA`` has another value than auto, 1 and 0; or it is 1 and nvcc is
+            missing or of another CUDA major version than torch.
     """
     choice = env.get("CCP_CUDA", "auto")
     if choice not in ("auto", "1", "0"):
@@ -163,9 +164,10 @@ def extension_modules(config: BuildConfig) -> list:
     site_packages = Path(torch.__file__).parent.parent
     # No path of the building machine may end up in a message or in the binary.
     prefix_maps = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, site_packages)]
-    host_flags = ["-fvisibility=hidden", "-Wno-psabi", *prefix_maps]
+    host_flags = ["-g0", "-fvisibility=hidden", "-Wno-psabi", *prefix_maps]
     common_flags = ["-O3", "-std=c++17", TORCH_TARGET]
-    info = {"VERSION": "0.1.0", "TORCH": torch.__version__}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = {"VERSION": project["version"], "TORCH": torch.__version__}
     cuda_options: dict[str, list[str]] = {}
     sources = ["csrc/library.cpp", *relative_paths("csrc/cpu/*.cpp")]
     if config.toolkit is not None:

@@ -55,6 +55,7 @@ def environment() -> dict[str, Any]:
 
 def write_results(name: str, content: Mapping[str, Any]) -> Path:
     """Write ``benchmarks/results/<name>.json`` atomically; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_text(path, json.dumps({"environment": environment(), **content}, indent=1) + "\n")
     return path

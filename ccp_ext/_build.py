@@ -11,9 +11,9 @@ def build_info() -> dict[str, object]:
     """What ``ccp_ext._C`` was built from.
 
     Returns:
-        ``version`` of the package, ``torch`` (the version built with), ``compiler``, ``cuda`` (bool:
-        the module has the CUDA kernels), ``nvcc`` (its version, or None) and ``architectures`` (a
-        list such as ``["8.0", "9.0", "10.0+PTX"]``; empty without CUDA).
+        ``version`` of the package, ``torch`` (the version built with), ``compiler``, ``cuda``
+        (bool: the module has the CUDA kernels), ``nvcc`` (its version, or None) and
+        ``architectures`` (a list such as ``["8.0", "9.0", "10.0+PTX"]``; empty without CUDA).
     """
     built = _C.build_info()
     architectures = built["architectures"].split(",") if built["architectures"] else []

@@ -1,8 +1,8 @@
 """The operators, as typed functions over ``torch.ops.ccp_ext``.
 
-The kernels check their arguments themselves, so that a call through ``torch.ops.ccp_ext`` is as safe
-as one through this module; the functions here add nothing to the cost of a call. The fakes, which
-``torch.compile`` and FakeTensorMode use, make the same checks with the same messages.
+The kernels check their arguments themselves: a call through ``torch.ops.ccp_ext`` is as safe as one
+through this module. The fakes, which ``torch.compile`` and FakeTensorMode use, make the same checks
+of shapes and dtypes, with the same messages.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ _GRAM_DTYPES = (torch.float32, torch.float64)
 def channel_dot(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     """Per sample and channel, the sum of ``x * g`` over all positions, in one pass over both.
 
-    ``a[n, c] = sum over positions p of x[n, c, p] * g[n, c, p]``. With ``x`` a layer's output and ``g``
-    the gradient of the loss with respect to it, ``a[n, c]`` is the derivative of the n-th sample's loss
-    along channel c: what a gate on the channel would receive as its gradient.
-
-    Equivalent to ``(x.double() * g.double()).sum(all dimensions but 0 and channel_dim)`` up to rounding.
+    ``a[n, c] = sum over positions p of x[n, c, p] * g[n, c, p]``. With ``x`` a layer's output and
+    ``g`` the gradient of the loss with respect to it, ``a[n, c]`` is the derivative of the n-th
+    sample's loss along channel c: the gradient of a gate that multiplies the channel.
 
     Args:
-        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]``, ``[N, C, D, H, W]``, or with the channel elsewhere,
-            such as ``[N, L, C]`` with ``channel_dim=-1``. float32, float64, bfloat16 or float16; any
-            strides. Contiguous and channels-last tensors are read fastest; no layout is copied.
+        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]``, ``[N, C, D, H, W]``, or with the channel
+            elsewhere, such as ``[N, L, C]`` with ``channel_dim=-1``. float32, float64, bfloat16 or
+            float16; any strides. Contiguous and channels-last tensors are read fastest; nothing is
+            copied.
         g: Same shape, dtype and device as ``x``; its strides may differ, and may be 0 (expanded).
         channel_dim: The channel's dimension, not 0; negative counts from the end.
 
@@ -44,31 +43,43 @@ def channel_dot(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
 
     Not differentiable: call it on detached tensors.
     """
-    return _channel_dot(x, g, channel_dim)
+    try:
+        return _channel_dot(x, g, channel_dim)
+    except RuntimeError as error:
+        raise _bad_argument(error, "channel_dot") from None
 
 
 def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
     """Add the weighted Gram matrix of ``a`` to ``S`` in place.
 
-    ``S += sum over n, k of sigma[n, k] * a[n, k, :] a[n, k, :]^T``. Each pair (i, j) is computed once
-    and added to ``S[i, j]`` and ``S[j, i]``: a matrix that is symmetric to the bit stays so.
+    ``S += sum over n, k of sigma[n, k] * a[n, k, :] a[n, k, :]^T``. Each pair (i, j) is computed
+    once and added to ``S[i, j]`` and ``S[j, i]``: a matrix symmetric to the bit stays so.
 
     Args:
-        S: ``[C, C]``, float32 or float64, with contiguous rows; the stride between rows may be larger
-            than C (a corner of a larger matrix). Sums are accumulated in its dtype, without TF32.
-        a: ``[N, C]`` or ``[N, K, C]``, float32, float64, bfloat16 or float16, not wider than ``S``;
-            any strides. Must not share memory with ``S``.
-        sigma: ``[N]`` or ``[N, K]``, that is ``a.shape[:-1]``; float32 or float64, any sign. None: ones.
+        S: ``[C, C]``, float32 or float64, with contiguous rows; the stride between rows may be
+            larger than C (a corner of a larger matrix). Sums are accumulated in its dtype, never
+            in TF32.
+        a: ``[N, C]`` or ``[N, K, C]``, float32, float64, bfloat16 or float16, not wider than
+            ``S``; any strides. Must not share memory with ``S``.
+        sigma: ``a.shape[:-1]``, that is ``[N]`` or ``[N, K]``; float32 or float64, of any sign;
+            must not share memory with ``S``. None means all ones.
 
     Returns:
         ``S``.
 
     Raises:
-        ValueError: Shapes, dtypes, strides or devices do not fit, or ``S`` shares memory with another
-            argument.
+        ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``S``.
     """
-    _weighted_gram(S, a, sigma)
+    try:
+        _weighted_gram(S, a, sigma)
+    except RuntimeError as error:
+        raise _bad_argument(error, "weighted_gram_") from None
     return S
+
+
+def _bad_argument(error: RuntimeError, op: str) -> Exception:
+    """A failed check of the kernel as a ValueError, whatever type torch made of it."""
+    return ValueError(str(error)) if str(error).startswith(f"{op}: ") else error
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -98,8 +109,7 @@ def _(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
     )
     _check(
         x.dtype in _FLOATING,
-        "channel_dot: x must be float32, float64, bfloat16 or float16, got "
-        f"{_dtype_name(x.dtype)}",
+        f"channel_dot: x must be float32, float64, bfloat16 or float16, got {_dtype_name(x.dtype)}",
     )
     _check(
         x.dtype == g.dtype,

@@ -27,6 +27,8 @@ METHODS = ("auto", "exact", "greedy", "swap")
 # Enumerating this many subsets takes some milliseconds.
 _MAX_ENUMERATED = 200_000
 
+_LARGEST_SUM = 1e300
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -162,8 +164,12 @@ def _cost(F: Any, Q: Any, u: Any) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             f"select: u must have shape [C] with C = {len(quadratic)}; got [{len(linear)}]"
         )
-    if not np.isfinite(np.abs(quadratic).sum() + np.abs(linear).sum()):
-        raise InputError("select: the entries are so large that their sum overflows float64")
+    total = np.abs(quadratic).sum() + np.abs(linear).sum()
+    if not total < _LARGEST_SUM:
+        raise InputError(
+            f"select: the absolute values must add up to less than {_LARGEST_SUM:g}, so that no "
+            f"cost overflows; they add up to {total:.3g}"
+        )
     return np.ascontiguousarray(quadratic), np.ascontiguousarray(linear)
 
 

@@ -67,9 +67,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
         if check is not None:
             check.compare()
         undo.pop_all()
-    for edit in edits:
-        for tensor, _ in edit.tensors:
-            tensor.grad = None
+    model.zero_grad(set_to_none=True)
     model.ccp_plan = composed
     return model
 
@@ -178,8 +176,9 @@ class _Edit:
     def apply(self, undo: contextlib.ExitStack) -> None:
         """Make the changes; ``undo`` takes them back."""
         for tensor, small in self.tensors:
-            undo.callback(setattr, tensor, "data", tensor.data)
+            # Undone in the opposite order: a gradient must have the shape of its tensor.
             undo.callback(setattr, tensor, "grad", tensor.grad)
+            undo.callback(setattr, tensor, "data", tensor.data)
             tensor.grad = None
             tensor.data = small
         for name, value in self.attributes.items():

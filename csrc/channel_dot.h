@@ -14,9 +14,8 @@ inline int64_t check_channel_dot(const Tensor& x, const Tensor& g, int64_t chann
   CCP_CHECK(same_shape(x, g), "channel_dot: g must have the shape of x, got x ", Shape(x),
             " and g ", Shape(g));
   const int64_t channel = channel_dim < 0 ? channel_dim + dims : channel_dim;
-  CCP_CHECK(channel > 0 && channel < dims,
-            "channel_dot: channel_dim must name a dimension of x ", Shape(x),
-            " other than 0 (the samples), got ", channel_dim);
+  CCP_CHECK(channel > 0 && channel < dims, "channel_dot: channel_dim must name a dimension of x ",
+            Shape(x), " other than 0 (the samples), got ", channel_dim);
   CCP_CHECK(is_floating(x.scalar_type()),
             "channel_dot: x must be float32, float64, bfloat16 or float16, got ",
             dtype_name(x.scalar_type()));

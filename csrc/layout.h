@@ -25,8 +25,8 @@ struct ChannelDotLayout {
   LayoutKind kind;
   Dim sample;
   Dim channel;
-  int64_t positions;  // product of the sizes of `position`
-  int position_dims;  // at least 1
+  int64_t positions;               // product of the sizes of `position`
+  int position_dims;               // at least 1
   Dim position[kMaxPositionDims];  // outermost first, neighbours merged where possible
 
   const Dim& innermost() const { return position[position_dims - 1]; }

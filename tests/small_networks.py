@@ -63,9 +63,14 @@ def _close(module: nn.Module, tap, index: torch.Tensor):
         return module.register_forward_hook(
             lambda module, args, out: out.index_fill(tap.channel_dim, index, 0)
         )
+    # In place, because other modules may read the tensor too.
     return module.register_forward_pre_hook(
-        lambda module, args: (args[0].index_fill(tap.channel_dim, index, 0), *args[1:])
+        lambda module, args: _discard(args[0].index_fill_(tap.channel_dim, index, 0))
     )
+
+
+def _discard(value: torch.Tensor) -> None:
+    """A forward pre-hook must return None to leave its arguments alone."""
 
 
 class Concat(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 
@@ -27,11 +27,16 @@ class Call:
 class Calls:
     """The calls of all leaf modules of a model, from the stacks that torch.export records."""
 
-    def __init__(self, model: nn.Module, nodes: list[Node], states: Collection[Node]) -> None:
-        """``states`` are the nodes that stand for parameters, buffers and constants."""
+    def __init__(self, model: nn.Module, nodes: list[Node], constants: Collection[Node]) -> None:
+        """``constants`` are the nodes that stand for parameters, buffers and constants."""
         self._first_paths = {id(m): name for name, m in model.named_modules()}
+        self._owners: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self._owners.setdefault(id(tensor), []).append(path)
         self._model = model
-        self._states = states
+        self._constants = constants
         self._by_key: dict[str, Call] = {}
         self._innermost: dict[Node, str] = {}
         self._of_module: dict[str, list[Call]] = {}
@@ -61,14 +66,13 @@ class Calls:
 
     def input(self, call: Call) -> Node | None:
         """The only computed tensor that enters the call; None if there are several."""
-        outside = set(call.nodes).union(self._states)
+        outside = set(call.nodes).union(self._constants)
         entering = {n for node in call.nodes for n in node.all_input_nodes if n not in outside}
         return entering.pop() if len(entering) == 1 else None
 
-    def owner(self, parameter: str) -> tuple[str, nn.Module]:
-        """Path and module of the parameter or buffer of that full name."""
-        module = self._model.get_submodule(parameter.rpartition(".")[0])
-        return self._first_paths[id(module)], module
+    def owners(self, tensor: Tensor | None) -> list[str]:
+        """Paths of the modules that hold the parameter or buffer."""
+        return self._owners.get(id(tensor), [])
 
     def _add(self, node: Node) -> None:
         stack = node.meta.get("nn_module_stack") or {}

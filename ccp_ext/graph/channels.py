@@ -61,8 +61,10 @@ class Group:
         consumers: input channels of convolutions and linear layers.
         paddings: channels of zeros that padded shortcuts add to others of the group.
         weight_taps: the output of each producer.
-        gate_taps: for each producer the tensor behind its normalisation and activation, where a
-            zero means that the channel is gone.
+        gate_taps: for each producer the last tensor, behind its normalisation and activation, that
+            carries its channels before they are added to others: with a zero there the channel is
+            gone (unless something later turns zeros into other values, as a normalisation does
+            behind an addition). A producer that only scales other channels of the group has none.
         coupled: more than one module makes the channels, so none of them can be seen alone.
     """
 

@@ -93,6 +93,9 @@ def _fix_odd_class(state: Propagation, root: int, parts: dict[_Part, list[int]])
 def _is_factor(node: Node) -> bool:
     """Whether the tensor only multiplies another one that is larger, or that stands first."""
     following = users(node)
+    while len(following) == 1 and following[0].all_input_nodes == [node]:
+        node = following[0]
+        following = users(node)
     if len(following) != 1 or operator_name(following[0]) not in ("mul", "multiply"):
         return False
     factors = [a for a in following[0].args if is_tensor(a)]

@@ -52,15 +52,19 @@ class Propagation:
 
     Atoms are the channels that modules make. A union-find structure holds which of them live and
     die together; an atom that is fixed takes its whole class with it.
+
+    Args:
+        calls: of the graph's modules.
+        states: the parameter or buffer that a node stands for.
     """
 
-    def __init__(self, calls: Calls, state_names: dict[Node, str]) -> None:
+    def __init__(self, calls: Calls, states: dict[Node, Tensor]) -> None:
         self.calls = calls
         self.maps: dict[Node, ChannelMap] = {}
         self.records: dict[str, Record] = {}
         self.channelwise_nodes: set[Node] = set()
         self.producer_of_atom: list[tuple[str, int]] = []
-        self._state_names = state_names
+        self._states = states
         self._parent: list[int] = []
         self._reasons: dict[int, str] = {}
         self._pinned: dict[str, str] = {}
@@ -147,18 +151,16 @@ class Propagation:
             self.tie_all(record.inputs, atoms, reason)
         record.inputs = record.inputs or atoms
 
-    def state_module(self, value: Any, names: Sequence[str]) -> tuple[str, nn.Module] | None:
-        """The owner of a parameter or buffer that has one of ``names`` in its module."""
-        full_name = self._state_names.get(value) if isinstance(value, Node) else None
-        if full_name is None or full_name.rpartition(".")[2] not in names:
-            return None
-        return self.calls.owner(full_name)
+    def is_held(self, value: Any, module: nn.Module, names: Sequence[str]) -> bool:
+        """Whether the node is the parameter or buffer of one of these names of the module."""
+        tensor = self._states.get(value) if isinstance(value, Node) else None
+        return tensor is not None and any(getattr(module, name, None) is tensor for name in names)
 
     def pin_states(self, nodes: Iterable[Node], reason: str) -> None:
         """Fix the channels of the modules whose parameters or buffers are among ``nodes``."""
         for node in nodes:
-            if node in self._state_names:
-                self.pin(self.calls.owner(self._state_names[node])[0], reason)
+            for path in self.calls.owners(self._states.get(node)):
+                self.pin(path, reason)
 
     # --- nodes -----------------------------------------------------------------------------
 

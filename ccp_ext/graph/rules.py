@@ -212,8 +212,7 @@ def _channelwise(
     call = state.calls.of(node)
     if call is None or not isinstance(call.module, kind):
         raise Unsupported(f"not called by a module of kind {kind.__name__.lstrip('_')}")
-    owners = [state.state_module(value, _PER_CHANNEL_STATES) for value in states]
-    if any(owner is None or owner[1] is not call.module for owner in owners):
+    if not all(state.is_held(value, call.module, _PER_CHANNEL_STATES) for value in states):
         raise Unsupported("its parameters are computed or belong to another module")
     state.record(node, call.module, "channelwise", channels.atoms)
     state.channelwise_nodes.add(node)
@@ -225,16 +224,16 @@ def _owner(
 ) -> nn.Module | None:
     """The module that holds the weight and bias, if it also makes the call and its output."""
     call = state.calls.of(node)
-    weight = state.state_module(argument["weight"], ("weight",))
-    bias = argument["bias"] and state.state_module(argument["bias"], ("bias",))
-    if call is None or weight is None or (argument["bias"] is not None and bias is None):
+    if call is None or not isinstance(call.module, kinds):
         return None
-    module = call.module
-    belongs = weight[1] is module and (bias is None or bias[1] is module)
-    holds_nothing_else = {*module._parameters, *module._buffers} == {"weight", "bias"}
-    is_output = state.calls.output(call) in (node, None)
-    is_plain = belongs and holds_nothing_else and is_output
-    return module if is_plain and isinstance(module, kinds) else None
+    module, bias = call.module, argument["bias"]
+    is_plain = (
+        {*module._parameters, *module._buffers} == {"weight", "bias"}
+        and state.is_held(argument["weight"], module, ["weight"])
+        and (bias is None or state.is_held(bias, module, ["bias"]))
+        and state.calls.output(call) in (node, None)
+    )
+    return module if is_plain else None
 
 
 # --- elementwise -------------------------------------------------------------------------------
@@ -379,6 +378,7 @@ def _cat(state: Propagation, node: Node) -> ChannelMap | None:
         for part in parts:
             channels = state.maps.get(part)
             atoms += (FOREIGN,) * shape(part)[dim] if channels is None else channels.atoms
+        state.channelwise_nodes.add(node)
         return ChannelMap(dim, tuple(atoms))
     if len(tracked) < len(parts):
         raise Unsupported("combines channels with a tensor whose channels cannot be removed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -75,16 +74,19 @@ def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
             f"{first_line}"
         ) from error
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tensors = {
+        **{k: model.get_parameter(v) for k, v in signature.inputs_to_parameters.items()},
+        **{k: model.get_buffer(v) for k, v in signature.inputs_to_buffers.items()},
+    }
     nodes = list(program.graph.nodes)
     _follow_in_place_results(nodes)
     inputs = set(signature.user_inputs)
-    states = {n for n in nodes if n.op == "placeholder" and n.name not in inputs}
-    state_names = {node: names[node.name] for node in states if node.name in names}
-    state = Propagation(Calls(model, nodes, states), state_names)
+    constants = {n for n in nodes if n.op == "placeholder" and n.name not in inputs}
+    states = {node: tensors[node.name] for node in constants if node.name in tensors}
+    state = Propagation(Calls(model, nodes, constants), states)
     for node in nodes:
         _visit(state, node)
-    _pin_tied_parameters(state, model)
+    _pin_tied_modules(state, model)
     state.fix_pinned()
     return state
 
@@ -109,22 +111,19 @@ def _follow_in_place_results(nodes: list[Node]) -> None:
             changed.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
 
 
-def _pin_tied_parameters(state: Propagation, model: nn.Module) -> None:
-    """Fix the channels of modules that hold one parameter together."""
-    owners: dict[int, set[str]] = defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].add(state.calls.owner(name)[0])
-    for paths in owners.values():
+def _pin_tied_modules(state: Propagation, model: nn.Module) -> None:
+    """Fix the channels of modules that hold one parameter or buffer together."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        paths = state.calls.owners(tensor)
         if len(paths) > 1:
             for path in paths:
-                shared = ", ".join(repr(p) for p in sorted(paths))
-                state.pin(path, f"modules {shared} share a parameter")
+                state.pin(path, f"modules {', '.join(map(repr, paths))} share a parameter")
 
 
 def _graph(
     model: nn.Module, arguments: tuple[Tensor, ...], state: Propagation, probe: Probe
 ) -> ChannelGraph:
-    groups = find_groups(state)
+    groups = find_groups(state)  # fixes some channels, so before find_fixed
     records = state.records.values()
     graph = ChannelGraph(
         model_name=type(model).__name__,

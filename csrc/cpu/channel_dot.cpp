@@ -53,8 +53,8 @@ void run(const ChannelDotParams& params) {
                      std::min(layout.positions, kPositionBlock) * channels,
                      CCP_BEST_ISA(channel_dot_by_position<T>));
   } else {
-    run_in_blocks<T>(params, kRowBlock, samples * channels,
-                     std::min(layout.positions, kRowBlock), CCP_BEST_ISA(channel_dot_by_row<T>));
+    run_in_blocks<T>(params, kRowBlock, samples * channels, std::min(layout.positions, kRowBlock),
+                     CCP_BEST_ISA(channel_dot_by_row<T>));
   }
 }
 
@@ -64,7 +64,8 @@ Tensor channel_dot(const Tensor& x, const Tensor& g, int64_t channel_dim) {
   const ChannelDotParams params = channel_dot_params(x, g, channel, out);
   if (out.numel() == 0) return out;
   if (params.layout.positions == 0) return torch::stable::zero_(out);
-  dispatch_floating(x.scalar_type(), [&](auto type) { run<typename decltype(type)::type>(params); });
+  dispatch_floating(x.scalar_type(),
+                    [&](auto type) { run<typename decltype(type)::type>(params); });
   return out;
 }
 

@@ -93,8 +93,8 @@ CCP_INLINE Accumulator<T> dot_run(const T* x, const T* g, const Dim& dim, int64_
 // One item = one block of positions of one (sample, channel); any strides.
 // sums[item] with items ordered [block, sample, channel].
 template <class T>
-void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length,
-                        Accumulator<T>* sums, int64_t begin, int64_t end) {
+void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Accumulator<T>* sums,
+                        int64_t begin, int64_t end) {
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, samples = layout.sample.size;
   int64_t c = begin % channels, n = begin / channels % samples, b = begin / channels / samples;

@@ -31,9 +31,9 @@ inline Isa best_isa() {
 
 // The address of function `...` as compiled for this processor; use inside namespace ccp::cpu.
 #ifdef CCP_MULTI_ISA
-#define CCP_BEST_ISA(...)                                 \
-  (best_isa() == Isa::kAvx512 ? &avx512::__VA_ARGS__      \
-   : best_isa() == Isa::kAvx2 ? &avx2::__VA_ARGS__        \
+#define CCP_BEST_ISA(...)                            \
+  (best_isa() == Isa::kAvx512 ? &avx512::__VA_ARGS__ \
+   : best_isa() == Isa::kAvx2 ? &avx2::__VA_ARGS__   \
                               : &baseline::__VA_ARGS__)
 #else
 #define CCP_BEST_ISA(...) (&baseline::__VA_ARGS__)

@@ -61,9 +61,8 @@ CCP_INLINE __m128i load_16_bits(const void* address) {
   return _mm_loadu_si128(static_cast<const __m128i*>(address));
 }
 CCP_INLINE Vector<float> load(const BFloat16* address) {
-  const __m256i wide[2] = {
-      _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bits(address)), 16),
-      _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bits(address + 8)), 16)};
+  const __m256i wide[2] = {_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bits(address)), 16),
+                           _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bits(address + 8)), 16)};
   return bit_cast<Vector<float>>(wide);
 }
 CCP_INLINE Vector<float> load(const Half* address) {

@@ -76,7 +76,8 @@ void add_tile(const WeightedGramParams& params, const Acc* left, const Acc* righ
   const int64_t columns = std::min<int64_t>(kSide, params.channels - j0);
   const bool diagonal = index.row == index.column;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = diagonal ? i : 0; j < columns; ++j) S[(i0 + i) * stride + j0 + j] += tile[i][j];
+    for (int64_t j = diagonal ? i : 0; j < columns; ++j)
+      S[(i0 + i) * stride + j0 + j] += tile[i][j];
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = 0; i < (diagonal ? j : rows); ++i) S[(j0 + j) * stride + i0 + i] += tile[i][j];
 }

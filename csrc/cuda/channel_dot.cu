@@ -1,9 +1,8 @@
-#include "csrc/cuda/channel_dot.cuh"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "csrc/channel_dot.h"
+#include "csrc/cuda/channel_dot.cuh"
 #include "csrc/cuda/runtime.h"
 #include "csrc/dispatch.h"
 

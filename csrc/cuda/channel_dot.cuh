@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     } else {
       sum = block_sum<kThreads>(sum);
     }
-    if (task < tasks && threadIdx.x % kThreads == 0)
-      static_cast<Accumulator<T>*>(sums)[task] = sum;
+    if (task < tasks && threadIdx.x % kThreads == 0) static_cast<Accumulator<T>*>(sums)[task] = sum;
   }
 }
 
@@ -124,8 +123,8 @@ struct ChannelsLastTraits {
   static constexpr int kVector = kVector_;
 };
 
-// A block's threads stand channel_threads wide along the channels, the others along the positions of
-// one part. Writes sums[part, sample, channel].
+// A block's threads stand channel_threads wide along the channels, the others along the positions
+// of one part. Writes sums[part, sample, channel].
 template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads)
     channel_dot_channels_last(ChannelDotParams params, ChannelDotLaunch launch, void* sums) {

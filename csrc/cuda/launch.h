@@ -1,5 +1,6 @@
-// Launch arithmetic: which kernel variant, how many blocks, how the work is split. Pure functions of
-// shapes, strides and alignment, so that they are tested without a GPU and two runs are split alike.
+// Launch arithmetic: which kernel variant, how many blocks, how the work is split. Pure functions
+// of shapes, strides and alignment, so that they are tested without a GPU and two runs are split
+// alike.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,8 @@ struct Split {
   int64_t length;  // of every part but the last, a multiple of the granule
 };
 
-// Splits `length` items so that `blocks` blocks become about kTargetBlocks, each part no shorter than
-// `minimum`; both `minimum` and the parts are multiples of `granule`.
+// Splits `length` items so that `blocks` blocks become about kTargetBlocks, each part no shorter
+// than `minimum`; both `minimum` and the parts are multiples of `granule`.
 inline Split split_work(int64_t length, int64_t minimum, int64_t granule, int64_t blocks) {
   const int64_t wanted = ceil_div(kTargetBlocks, std::max<int64_t>(blocks, 1));
   const int64_t possible = std::max<int64_t>(length / minimum, 1);
@@ -82,8 +83,7 @@ inline ChannelDotLaunch plan_rows(const ChannelDotParams& params, int vector) {
   const int threads = loads <= 64 ? 8 : loads <= 1024 ? 32 : kBlockThreads;
   const int64_t rows_per_block = kBlockThreads / threads;
   const int64_t minimum = static_cast<int64_t>(threads) * vector * unrolled_loads(vector);
-  const Split split =
-      split_work(layout.positions, minimum, vector, ceil_div(rows, rows_per_block));
+  const Split split = split_work(layout.positions, minimum, vector, ceil_div(rows, rows_per_block));
   const int64_t blocks = ceil_div(rows * split.count, rows_per_block);
   return {vector, threads, 0, split, blocks, grid_size(blocks)};
 }
@@ -107,8 +107,8 @@ inline ChannelDotLaunch plan_channel_dot(const ChannelDotParams& params, int ele
                                                          : plan_rows(params, vector);
 }
 
-constexpr int kGramTile = 64;    // a block computes kGramTile x kGramTile elements of S
-constexpr int kGramDepth = 16;   // rows of a in shared memory at a time
+constexpr int kGramTile = 64;   // a block computes kGramTile x kGramTile elements of S
+constexpr int kGramDepth = 16;  // rows of a in shared memory at a time
 constexpr int64_t kGramMinimumRows = 64;
 
 struct WeightedGramLaunch {

@@ -14,9 +14,9 @@ inline cudaStream_t current_stream(int32_t device) {
   using Accessor = AOTITorchError (*)(int32_t, void**);
   static const Accessor accessor = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
-    return library ? reinterpret_cast<Accessor>(
-                         dlsym(library, "aoti_torch_get_current_cuda_stream"))
-                   : nullptr;
+    return library
+               ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+               : nullptr;
   }();
   STD_TORCH_CHECK(accessor != nullptr, "ccp_ext: this build of torch has no CUDA support");
   void* stream = nullptr;

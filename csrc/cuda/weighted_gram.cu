@@ -1,9 +1,8 @@
-#include "csrc/cuda/weighted_gram.cuh"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "csrc/cuda/runtime.h"
+#include "csrc/cuda/weighted_gram.cuh"
 #include "csrc/dispatch.h"
 #include "csrc/weighted_gram.h"
 

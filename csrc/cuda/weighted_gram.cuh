@@ -19,8 +19,7 @@ static_assert(kGramLines * kGramLines == kBlockThreads);
 constexpr int kGramRow = kGramTile + 4;
 
 template <class Acc>
-__device__ __forceinline__ Acc gram_weight(const WeightedGramParams& params, int64_t n,
-                                           int64_t k) {
+__device__ __forceinline__ Acc gram_weight(const WeightedGramParams& params, int64_t n, int64_t k) {
   if (params.sigma == nullptr) return 1;
   const int64_t i = n * params.sigma_sample_stride + k * params.sigma_term_stride;
   return params.sigma_is_double ? static_cast<Acc>(static_cast<const double*>(params.sigma)[i])
@@ -54,8 +53,8 @@ __device__ __forceinline__ void multiply_panels(
       const int64_t row = first + depth;
       const int64_t n = params.terms == 1 ? row : row / params.terms;
       const int64_t k = row - n * params.terms;
-      const T* a = static_cast<const T*>(params.a) + n * params.a_sample_stride +
-                   k * params.a_term_stride;
+      const T* a =
+          static_cast<const T*>(params.a) + n * params.a_sample_stride + k * params.a_term_stride;
       const int64_t i = tile.row * kGramTile + channel, j = tile.column * kGramTile + channel;
       const bool inside = row < end;
       left[depth][channel] = inside && i < params.channels
@@ -83,8 +82,8 @@ __device__ __forceinline__ void multiply_panels(
   }
 }
 
-// Without `partial`, one block adds one tile to S. With it, one block writes one part of one tile to
-// partial[part, tile, kGramTile, kGramTile], which add_gram_parts then adds to S.
+// Without `partial`, one block adds one tile to S. With it, one block writes one part of one tile
+// to partial[part, tile, kGramTile, kGramTile], which add_gram_parts then adds to S.
 template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads)
     weighted_gram(WeightedGramParams params, WeightedGramLaunch launch, void* partial) {

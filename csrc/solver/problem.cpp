@@ -48,7 +48,8 @@ std::vector<double> gradient_error(const Problem& problem) {
   for (Index i = 0; i < problem.size; ++i) {
     double scale = std::abs(problem.linear[i]);
     for (Index j = 0; j < problem.size; ++j) scale += std::abs(problem.row(i)[j]);
-    error[i] = unit * scale;
+    // Halving a subnormal entry rounds, too.
+    error[i] = unit * scale + 4 * std::numeric_limits<double>::denorm_min();
   }
   return error;
 }

@@ -1,11 +1,11 @@
 // Runs CUDA kernels on the CPU, so that their indexing, their barriers and their shared memory are
 // tested where there is no GPU.
 //
-// A block's threads are fibers on one system thread; the scheduler resumes them in an order shuffled
-// by a seed, and blocks run one after another. Under AddressSanitizer and UndefinedBehaviorSanitizer
-// a kernel's bad accesses are reported as in any program. Under ThreadSanitizer every fiber is a
-// thread of its own, synchronised with others only by barriers and shuffles: a missing barrier is
-// reported as the data race that it is.
+// A block's threads are fibers on one system thread; the scheduler resumes them in an order
+// shuffled by a seed, and blocks run one after another. Under AddressSanitizer and
+// UndefinedBehaviorSanitizer a kernel's bad accesses are reported as in any program. Under
+// ThreadSanitizer every fiber is a thread of its own, synchronised with others only by barriers and
+// shuffles: a missing barrier is reported as the data race that it is.
 //
 // Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory. Not emulated:
 // timing, atomics, asynchronous copies, the memory model between blocks.
@@ -92,8 +92,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   unsigned index;
   State state;
-  unsigned block_barriers_met;
-  unsigned warp_barriers_met;
+  unsigned block_barriers_met;  // the dropped one included
+  unsigned block_barriers_passed;
+  unsigned warp_barriers_passed;
   uint64_t shuffled;  // the value that this lane offers to a shuffle
   void* detector;
 };
@@ -133,7 +134,8 @@ EMU_UNCHECKED inline void start_fiber(Fiber& fiber, unsigned index) {
   fiber.index = index;
   fiber.state = State::kReady;
   fiber.block_barriers_met = 0;
-  fiber.warp_barriers_met = 0;
+  fiber.block_barriers_passed = 0;
+  fiber.warp_barriers_passed = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -179,12 +181,11 @@ EMU_UNCHECKED inline void run_block() {
     for (size_t warp = 0; warp < threads; warp += kWarp)
       released |= release_together(warp, std::min(warp + kWarp, threads), State::kAtWarpBarrier);
     if (!released) {
-      throw std::runtime_error("deadlock: of " + std::to_string(threads) + " threads " +
-                               std::to_string(count(State::kAtBlockBarrier)) +
-                               " wait at __syncthreads, " +
-                               std::to_string(count(State::kAtWarpBarrier)) +
-                               " at a warp barrier, and " + std::to_string(count(State::kDone)) +
-                               " have finished");
+      throw std::runtime_error(
+          "deadlock: of " + std::to_string(threads) + " threads " +
+          std::to_string(count(State::kAtBlockBarrier)) + " wait at __syncthreads, " +
+          std::to_string(count(State::kAtWarpBarrier)) + " at a warp barrier, and " +
+          std::to_string(count(State::kDone)) + " have finished");
     }
   }
   race_detector::acquire(&block->finish);
@@ -220,17 +221,17 @@ EMU_UNCHECKED inline dim3 grid_size() { return block->grid_size; }
 EMU_UNCHECKED inline unsigned lane() { return block->running->index % kWarp; }
 
 EMU_UNCHECKED inline void sync_block() {
-  const unsigned met = ++block->running->block_barriers_met;
-  if (met == dropped_barrier) return;
-  char* barrier = &block->block_barrier[met % 2];
+  Fiber* self = block->running;
+  if (++self->block_barriers_met == dropped_barrier) return;
+  char* barrier = &block->block_barrier[self->block_barriers_passed++ % 2];
   race_detector::release(barrier);
   yield(State::kAtBlockBarrier);
   race_detector::acquire(barrier);
 }
 
 EMU_UNCHECKED inline void sync_warp() {
-  const unsigned met = ++block->running->warp_barriers_met;
-  char* barrier = &block->warp_barrier[block->running->index / kWarp][met % 2];
+  Fiber* self = block->running;
+  char* barrier = &block->warp_barrier[self->index / kWarp][self->warp_barriers_passed++ % 2];
   race_detector::release(barrier);
   yield(State::kAtWarpBarrier);
   race_detector::acquire(barrier);

@@ -1,5 +1,6 @@
 // The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
 #include "csrc/cuda/launch.h"
+
 #include "csrc/triangle.h"
 #include "testing.h"
 

@@ -1,5 +1,5 @@
-// Arguments: number of schedules, and optionally a defect to plant: "drop-barrier" and which barrier
-// of a kernel (1 is the first).
+// Arguments: number of schedules, and optionally a defect to plant: "drop-barrier" and which
+// barrier of a kernel (1 is the first).
 #include "cuda_emu.h"
 // After the emulator, whose macros the kernels need.
 #include "csrc/cuda/weighted_gram.cuh"
@@ -39,9 +39,11 @@ void check(const Case& test, int schedules) {
   for (int seed = 0; seed < schedules; ++seed) {
     std::vector<Acc> S = start;
     const bool is_double = std::is_same_v<Sigma, double>;
-    const WeightedGramParams params{S.data(), a.data(), test.weighted ? sigma.data() : nullptr,
-                                    is_double, C, test.samples, test.terms, S_stride,
-                                    test.terms * C, C, 1, test.terms, 1};
+    const WeightedGramParams params{S.data(),   a.data(), test.weighted ? sigma.data() : nullptr,
+                                    is_double,  C,        test.samples,
+                                    test.terms, S_stride, test.terms * C,
+                                    C,          1,        test.terms,
+                                    1};
     WeightedGramLaunch launch = ccp::plan_weighted_gram(params);
     if (seed % 2 == 0) launch.grid = std::min(launch.grid, 2u);  // blocks take several turns
     run<T, Acc>(params, launch, seed);

@@ -1,0 +1,79 @@
+// Inputs and reference of channel_dot, for the emulated and the CPU kernels' tests.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "csrc/math.h"
+
+namespace testing {
+
+struct Case {
+  std::string name;
+  std::vector<int64_t> sizes, x_strides, g_strides;
+  int64_t channel_dim;
+  int64_t misalignment = 0;  // elements by which x and g begin after a 16-byte boundary
+};
+
+// Elements from the first of the buffer to the last that the view holds.
+inline int64_t extent(const Case& test, const std::vector<int64_t>& strides) {
+  int64_t last = test.misalignment;
+  for (size_t i = 0; i < strides.size(); ++i) last += (test.sizes[i] - 1) * strides[i];
+  return last + 1;
+}
+
+struct Reference {
+  std::vector<double> sum, magnitude;
+};
+
+template <class T>
+Reference channel_dot_reference(const Case& test, const T* x, const T* g) {
+  const int64_t channels = test.sizes[test.channel_dim];
+  Reference result{std::vector<double>(test.sizes[0] * channels),
+                   std::vector<double>(test.sizes[0] * channels)};
+  std::vector<int64_t> index(test.sizes.size());
+  for (;;) {
+    int64_t x_offset = 0, g_offset = 0;
+    for (size_t d = 0; d < index.size(); ++d) {
+      x_offset += index[d] * test.x_strides[d];
+      g_offset += index[d] * test.g_strides[d];
+    }
+    const double term = static_cast<double>(ccp::widen(x[x_offset])) * ccp::widen(g[g_offset]);
+    const int64_t output = index[0] * channels + index[test.channel_dim];
+    result.sum[output] += term;
+    result.magnitude[output] += std::fabs(term);
+    size_t d = index.size();
+    while (d > 0 && ++index[d - 1] == test.sizes[d - 1]) index[--d] = 0;
+    if (d == 0) return result;
+  }
+}
+
+inline std::vector<Case> channel_dot_cases() {
+  return {
+      {"eight threads a row, 16-byte loads", {2, 3, 8, 8}, {192, 64, 8, 1}, {192, 64, 8, 1}, 1},
+      {"eight threads a row, odd length", {3, 13, 7, 7}, {637, 49, 7, 1}, {637, 49, 7, 1}, 1},
+      {"misaligned rows", {2, 3, 64}, {192, 64, 1}, {192, 64, 1}, 1, 1},
+      {"a slice of the channels", {2, 3, 40}, {400, 40, 1}, {120, 40, 1}, 1},
+      {"a warp a row", {1, 9, 1056}, {9504, 1056, 1}, {9504, 1056, 1}, 1},
+      {"a block a row", {1, 2, 2061}, {4122, 2061, 1}, {4122, 2061, 1}, 1},
+      {"rows in parts", {1, 1, 33000}, {33000, 33000, 1}, {33000, 33000, 1}, 1},
+      {"channels last, 16-byte loads", {2, 16, 5, 5}, {400, 1, 80, 16}, {400, 1, 80, 16}, 1},
+      {"channels last, odd channels", {2, 13, 37}, {481, 1, 13}, {481, 1, 13}, 1},
+      {"channels last, several tiles", {2, 11, 264}, {2904, 264, 1}, {2904, 264, 1}, 2},
+      {"channels last in parts", {1, 8, 9000}, {72000, 1, 8}, {72000, 1, 8}, 1},
+      {"channels last, g the same everywhere", {2, 8, 50}, {400, 1, 8}, {8, 1, 0}, 1},
+      {"no positions dimension", {3, 300}, {300, 1}, {300, 1}, 1},
+      {"cropped", {2, 3, 5, 6}, {210, 70, 10, 1}, {210, 70, 10, 1}, 1},
+      {"rows against channels last", {2, 5, 9, 4}, {180, 36, 4, 1}, {180, 1, 20, 5}, 1},
+      {"g expanded", {2, 5, 9, 4}, {180, 36, 4, 1}, {0, 0, 0, 0}, 1},
+      {"transposed positions, in parts",
+       {1, 1, 70, 70},
+       {4900, 4900, 70, 1},
+       {4900, 4900, 1, 70},
+       1},
+  };
+}
+
+}  // namespace testing

@@ -1,0 +1,111 @@
+// The CPU kernels, in every instruction set that this processor has, not only the best one.
+#include <algorithm>
+
+#include "channel_dot_cases.h"
+#include "csrc/cpu/isa.h"
+#include "csrc/params.h"
+#include "csrc/triangle.h"
+#include "testing.h"
+
+#define CCP_KERNELS "csrc/cpu/channel_dot_kernels.h"
+#include "csrc/cpu/for_each_isa.h"
+#define CCP_KERNELS "csrc/cpu/weighted_gram_kernels.h"
+#include "csrc/cpu/for_each_isa.h"
+
+namespace {
+
+using ccp::ChannelDotParams;
+using ccp::TileIndex;
+using ccp::WeightedGramParams;
+using ccp::cpu::Isa;
+
+template <class T>
+using ChannelDotKernel = void (*)(const ChannelDotParams&, int64_t, ccp::Accumulator<T>*, int64_t,
+                                  int64_t);
+
+template <class T>
+void check_channel_dot(const std::string& isa, ChannelDotKernel<T> by_row,
+                       ChannelDotKernel<T> by_position) {
+  for (const testing::Case& test : testing::channel_dot_cases()) {
+    std::mt19937 random(7);
+    const auto x = testing::random_values<T>(testing::extent(test, test.x_strides), random);
+    const auto g = testing::random_values<T>(testing::extent(test, test.g_strides), random);
+    ChannelDotParams params{
+        x.data() + test.misalignment, g.data() + test.misalignment, nullptr, {}};
+    ccp::make_layout(static_cast<int64_t>(test.sizes.size()), test.sizes.data(),
+                     test.x_strides.data(), test.g_strides.data(), test.channel_dim,
+                     &params.layout);
+    const auto expected = testing::channel_dot_reference(test, x.data() + test.misalignment,
+                                                         g.data() + test.misalignment);
+    const auto compare = [&](const std::string& name, ChannelDotKernel<T> kernel, int64_t items) {
+      auto sums =
+          testing::unwritten<ccp::Accumulator<T>>(static_cast<int64_t>(expected.sum.size()));
+      kernel(params, params.layout.positions, sums.data(), 0, items);
+      for (size_t i = 0; i < sums.size(); ++i)
+        testing::expect_close(isa + ", " + name + ", " + test.name, static_cast<int64_t>(i),
+                              sums[i], expected.sum[i], expected.magnitude[i]);
+    };
+    compare("by row", by_row, static_cast<int64_t>(expected.sum.size()));
+    if (unit_stride(params.layout.channel))
+      compare("by position", by_position, params.layout.sample.size);
+  }
+}
+
+template <class Acc, class Pack, class Add>
+void check_weighted_gram(const std::string& isa, int64_t width, Pack pack, Add add) {
+  const int64_t C = 2 * width + 3, depth = 37, S_stride = C + 2, panels = 3;
+  std::mt19937 random(11);
+  const auto a = testing::random_values<float>(depth * C, random);
+  const auto weights = testing::random_values<double>(depth, random);
+  std::vector<Acc> S(S_stride * C), right(panels * depth * width), left(right.size());
+  const WeightedGramParams params{
+      S.data(), a.data(), weights.data(), true, C, depth, 1, S_stride, C, C, 1, 1, 1};
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t offset = panel * depth * width;
+    pack(params, weights.data(), 0, depth, panel, right.data() + offset, left.data() + offset);
+  }
+  for (int64_t index = 0; index < panels * (panels + 1) / 2; ++index) {
+    const TileIndex tile = ccp::upper_tile(index);
+    add(params, left.data() + tile.row * depth * width, right.data() + tile.column * depth * width,
+        depth, tile);
+  }
+  for (int64_t i = 0; i < C; ++i) {
+    for (int64_t j = 0; j < C; ++j) {
+      double sum = 0, magnitude = 0;
+      for (int64_t d = 0; d < depth; ++d) {
+        const double term = weights[d] * a[d * C + i] * a[d * C + j];
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      testing::expect_close(isa + ", weighted_gram_", i * C + j, S[i * S_stride + j], sum,
+                            magnitude);
+    }
+  }
+}
+
+#define CHECK_ISA(isa)                                                                            \
+  do {                                                                                            \
+    using namespace ccp::cpu::isa;                                                                \
+    std::printf("%s\n", #isa);                                                                    \
+    check_channel_dot<float>(#isa, channel_dot_by_row<float>, channel_dot_by_position<float>);    \
+    check_channel_dot<double>(#isa, channel_dot_by_row<double>, channel_dot_by_position<double>); \
+    check_channel_dot<ccp::BFloat16>(#isa, channel_dot_by_row<ccp::BFloat16>,                     \
+                                     channel_dot_by_position<ccp::BFloat16>);                     \
+    check_channel_dot<ccp::Half>(#isa, channel_dot_by_row<ccp::Half>,                             \
+                                 channel_dot_by_position<ccp::Half>);                             \
+    check_weighted_gram<float>(#isa, panel_width<float>(), pack_panel<float, float>,              \
+                               add_tile<float>);                                                  \
+    check_weighted_gram<double>(#isa, panel_width<double>(), pack_panel<float, double>,           \
+                                add_tile<double>);                                                \
+  } while (0)
+
+}  // namespace
+
+int main() {
+  CHECK_ISA(baseline);
+#ifdef CCP_MULTI_ISA
+  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
+  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
+#endif
+  return testing::report();
+}

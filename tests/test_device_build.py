@@ -1,0 +1,64 @@
+"""What nvcc makes of the CUDA sources; no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = sorted(CUDA.glob("*.cu"))
+MOST_REGISTERS = 128  # so that two blocks of 256 threads fit on a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def ptxas_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What ptxas says about each .cu file, compiled for Hopper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    folder = tmp_path_factory.mktemp("device")
+
+    def compile(source: Path) -> str:
+        target = ["-std=c++17", "-O3", "-arch=sm_90", "-Xptxas=-v"]
+        target += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+        includes = [f"-I{path}" for path in (ROOT, *include_paths())]
+        output = folder / f"{source.stem}.o"
+        command = [nvcc, *target, *includes, "-c", str(source), "-o", str(output)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout + finished.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = pool.map(compile, SOURCES)
+        return dict(zip((source.name for source in SOURCES), reports, strict=True))
+
+
+@pytest.mark.parametrize("source", [source.name for source in SOURCES])
+def test_no_kernel_spills_registers(ptxas_reports: dict[str, str], source: str) -> None:
+    report = ptxas_reports[source]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills and set(spills) == {("0", "0")}
+
+
+@pytest.mark.parametrize("source", [source.name for source in SOURCES])
+def test_no_kernel_uses_too_many_registers(ptxas_reports: dict[str, str], source: str) -> None:
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", ptxas_reports[source])]
+    assert registers and max(registers) <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("source", [source.name for source in SOURCES])
+def test_nothing_to_warn_of(ptxas_reports: dict[str, str], source: str) -> None:
+    assert "warning" not in ptxas_reports[source]
+
+
+@pytest.mark.parametrize("header", sorted(CUDA.glob("*.cuh")), ids=lambda path: path.name)
+def test_kernels_include_neither_torch_nor_the_cuda_runtime(header: Path) -> None:
+    includes = re.findall(r'#include [<"](.+)[>"]', header.read_text(encoding="utf-8"))
+    assert all(name.startswith("csrc/") for name in includes), includes

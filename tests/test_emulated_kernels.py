@@ -1,0 +1,119 @@
+"""The kernels' own source, compiled by g++ and run on the CPU, plain and under sanitizers.
+
+The CUDA kernels run in the emulator; the CPU kernels run in every instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+EMULATOR = Path(__file__).parent / "emulator"
+ROOT = EMULATOR.parent.parent
+SANITIZERS = {
+    "plain": ["-DEMU_ALL_DTYPES"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
+
+
+def compiled(source: Path, program: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
+    includes = [f"-I{ROOT}", f"-I{EMULATOR}"]
+    warnings = ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = ["-std=c++17", "-O1", "-g", *warnings, *includes, *SANITIZERS[sanitizer]]
+    return run_text(["g++", *flags, str(source), "-o", str(program)])
+
+
+def run_text(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # The emulator's threads run on stacks of their own, which leak checking does not know.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        command, env=os.environ | options, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """run(driver, sanitizer, *arguments) compiles a driver once and runs it.
+
+    Skips where a trivial program does not link or start with that sanitizer.
+    """
+    folder = tmp_path_factory.mktemp("emulator")
+
+    @cache
+    def launcher(sanitizer: str) -> list[str]:
+        """What precedes a program's name: ThreadSanitizer may need a fixed address layout."""
+        program = folder / f"trivial_{sanitizer}"
+        source = folder / "trivial.cpp"
+        source.write_text("int main() {}\n", encoding="utf-8")
+        if compiled(source, program, sanitizer).returncode != 0:
+            pytest.skip(f"g++ cannot link with the {sanitizer} sanitizer")
+        for prefix in ([], ["setarch", platform.machine(), "-R"]):
+            if (not prefix or shutil.which(prefix[0])) and all(
+                run_text([*prefix, str(program)]).returncode == 0 for _ in range(3)
+            ):
+                return prefix
+        pytest.skip(f"programs with the {sanitizer} sanitizer do not start on this machine")
+
+    @cache
+    def build(driver: str, sanitizer: str) -> Path:
+        program = folder / f"{driver}_{sanitizer}"
+        finished = compiled(EMULATOR / f"{driver}.cpp", program, sanitizer)
+        assert finished.returncode == 0, finished.stderr
+        assert "warning" not in finished.stderr, finished.stderr
+        return program
+
+    def run(driver: str, sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_text([*launcher(sanitizer), str(build(driver, sanitizer)), *arguments])
+
+    return run
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
+@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram"])
+def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
+    schedules = "4" if sanitizer == "plain" else "1"
+    finished = run(driver, sanitizer, schedules)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.endswith("0 failures\n")
+
+
+def test_cpu_kernels_match_double_references_in_every_instruction_set(run: Run) -> None:
+    finished = run("cpu_kernels", "address")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.startswith("baseline\n")
+
+
+def test_launch_arithmetic(run: Run) -> None:
+    finished = run("launch", "address")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("barrier", ["1", "2"])
+@pytest.mark.parametrize(
+    ("driver", "file"), [("channel_dot", "reduce.cuh"), ("weighted_gram", "weighted_gram.cuh")]
+)
+def test_a_missing_barrier_is_reported_as_a_race(
+    run: Run, driver: str, file: str, barrier: str
+) -> None:
+    finished = run(driver, "thread", "1", "drop-barrier", barrier)
+    assert finished.returncode != 0
+    assert "ThreadSanitizer: data race" in finished.stderr
+    assert file in finished.stderr
+
+
+def test_a_launch_beyond_the_data_is_reported(run: Run) -> None:
+    finished = run("channel_dot", "address", "1", "overrun")
+    assert finished.returncode != 0
+    assert "heap-buffer-overflow" in finished.stderr
+    assert "vec.cuh" in finished.stderr

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ccp_ext import ops
+
+Call = Callable[[], Tensor]
+
+CHANNEL_DOT_SAMPLES = [
+    lambda device: (torch.randn(2, 3, 4, 5, device=device), torch.randn(2, 3, 4, 5, device=device)),
+    lambda device: (
+        torch.randn(2, 4, 3, device=device).bfloat16(),
+        torch.randn(2, 4, 3, device=device).bfloat16(),
+        -1,
+    ),
+    lambda device: (
+        torch.randn(2, 3, device=device, dtype=torch.float64),
+        torch.randn(2, 3, device=device, dtype=torch.float64),
+    ),
+]
+WEIGHTED_GRAM_SAMPLES = [
+    lambda device: (torch.randn(3, 3, device=device), torch.randn(5, 3, device=device)),
+    lambda device: (
+        torch.randn(3, 3, device=device),
+        torch.randn(5, 2, 3, device=device),
+        torch.randn(5, 2, device=device),
+    ),
+    lambda device: (
+        torch.randn(3, 3, device=device, dtype=torch.float64),
+        torch.randn(5, 3, device=device).half(),
+        torch.randn(5, device=device, dtype=torch.float64),
+    ),
+]
+
+
+@pytest.mark.parametrize("sample", CHANNEL_DOT_SAMPLES)
+def test_opcheck_of_channel_dot(sample: Callable[[str], tuple], device: str) -> None:
+    torch.library.opcheck(torch.ops.ccp_ext.channel_dot.default, sample(device))
+
+
+@pytest.mark.parametrize("sample", WEIGHTED_GRAM_SAMPLES)
+def test_opcheck_of_weighted_gram(sample: Callable[[str], tuple], device: str) -> None:
+    torch.library.opcheck(torch.ops.ccp_ext.weighted_gram_.default, sample(device))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_both_operators_compile_without_graph_breaks(dynamic: bool, device: str) -> None:
+    def step(S: Tensor, x: Tensor, g: Tensor, sigma: Tensor) -> Tensor:
+        return ops.weighted_gram_(S, ops.channel_dot(x, 2 * g), sigma).diagonal() + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for samples in (3, 4):
+        x, g = torch.randn(2, samples, 5, 4, 4, device=device)
+        sigma = torch.randn(samples, device=device)
+        S = torch.zeros(5, 5, device=device)
+        compiled_S = S.clone()
+        assert torch.equal(compiled(compiled_S, x, g, sigma), step(S, x, g, sigma))
+        assert torch.equal(compiled_S, S)
+
+
+def test_the_operators_work_inside_autograd_hooks(device: str) -> None:
+    S = torch.zeros(3, 3, device=device)
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    z = x * 2
+
+    def accumulate(g: Tensor) -> None:
+        ops.weighted_gram_(S, ops.channel_dot(z.detach(), g))
+
+    z.register_hook(accumulate)
+    z.square().sum().backward()
+    a = (z * 2 * z).sum((2, 3)).detach()
+    torch.testing.assert_close(S, a.T @ a)
+
+
+BAD_ARGUMENTS: dict[str, Call] = {
+    "channel_dot: x must have at least 2 dimensions, [N, C, ...], got [3]": lambda: ops.channel_dot(
+        torch.ones(3), torch.ones(3)
+    ),
+    "channel_dot: g must have the shape of x, got x [2, 3, 4, 4] and g [2, 3, 4, 5]": lambda: (
+        ops.channel_dot(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 5))
+    ),
+    "channel_dot: channel_dim must name a dimension of x [2, 3, 4] other than 0 (the samples), "
+    "got 0": lambda: ops.channel_dot(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 0),
+    "channel_dot: channel_dim must name a dimension of x [2, 3, 4] other than 0 (the samples), "
+    "got -3": lambda: ops.channel_dot(torch.ones(2, 3, 4), torch.ones(2, 3, 4), -3),
+    "channel_dot: channel_dim must name a dimension of x [2, 3] other than 0 (the samples), "
+    "got 2": lambda: ops.channel_dot(torch.ones(2, 3), torch.ones(2, 3), 2),
+    "channel_dot: x must be float32, float64, bfloat16 or float16, got int32": lambda: (
+        ops.channel_dot(torch.ones(2, 3).int(), torch.ones(2, 3).int())
+    ),
+    "channel_dot: g must have the dtype of x, got x float32 and g float16": lambda: ops.channel_dot(
+        torch.ones(2, 3), torch.ones(2, 3).half()
+    ),
+    "weighted_gram_: S must be a square matrix [C, C], got [3, 4]": lambda: ops.weighted_gram_(
+        torch.ones(3, 4), torch.ones(5, 3)
+    ),
+    "weighted_gram_: a must be [N, C] or [N, K, C], got [3]": lambda: ops.weighted_gram_(
+        torch.ones(3, 3), torch.ones(3)
+    ),
+    "weighted_gram_: a must have as many channels as S, got a [5, 4] and S [3, 3]": lambda: (
+        ops.weighted_gram_(torch.ones(3, 3), torch.ones(5, 4))
+    ),
+    "weighted_gram_: S must be float32 or float64, got float16": lambda: ops.weighted_gram_(
+        torch.ones(3, 3).half(), torch.ones(5, 3)
+    ),
+    "weighted_gram_: a must be float32, float64, bfloat16 or float16, got int64": lambda: (
+        ops.weighted_gram_(torch.ones(3, 3), torch.ones(5, 3).long())
+    ),
+    "weighted_gram_: a must not be wider than S, got a float64 and S float32": lambda: (
+        ops.weighted_gram_(torch.ones(3, 3), torch.ones(5, 3).double())
+    ),
+    "weighted_gram_: sigma must have one value per row of a [5, 3], shape a.shape[:-1], "
+    "got [4]": lambda: ops.weighted_gram_(torch.ones(3, 3), torch.ones(5, 3), torch.ones(4)),
+    "weighted_gram_: sigma must be float32 or float64, got bfloat16": lambda: ops.weighted_gram_(
+        torch.ones(3, 3), torch.ones(5, 3), torch.ones(5).bfloat16()
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments_get_the_same_message_from_kernel_and_fake(message: str) -> None:
+    with pytest.raises(ValueError) as from_kernel:
+        BAD_ARGUMENTS[message]()
+    with FakeTensorMode(), pytest.raises(ValueError) as from_fake:
+        BAD_ARGUMENTS[message]()
+    assert str(from_kernel.value) == str(from_fake.value) == message
+
+
+def test_columns_of_S_must_be_contiguous() -> None:
+    with pytest.raises(ValueError, match=r"S must have contiguous rows .* got strides \[1, 3\]"):
+        ops.weighted_gram_(torch.ones(3, 3).T, torch.ones(5, 3))
+
+
+def test_memory_shared_with_S_is_refused() -> None:
+    S = torch.ones(6, 3)
+    with pytest.raises(ValueError, match="a must not share memory with S"):
+        ops.weighted_gram_(S[:3], S[2:])
+    with pytest.raises(ValueError, match="sigma must not share memory with S"):
+        ops.weighted_gram_(S[:3], torch.ones(3, 3), S[0])
+
+
+def test_too_many_strided_dimensions_are_refused() -> None:
+    x = torch.ones([3] * 11)[(slice(None, 2),) * 11]
+    with pytest.raises(ValueError, match="at most 8 strided position dimensions"):
+        ops.channel_dot(x, x)
+
+
+@pytest.mark.gpu
+def test_different_devices_are_refused(cuda: str) -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(
+        ValueError, match="g must be on the device of x, got x on cpu and g on cuda"
+    ):
+        ops.channel_dot(x, x.to(cuda))
+    with pytest.raises(ValueError, match="a must be on the device of S"):
+        ops.weighted_gram_(torch.ones(3, 3, device=cuda), x)
