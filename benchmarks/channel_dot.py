@@ -1,6 +1,6 @@
 """channel_dot beside the same in plain torch, on the shapes of ResNet-56 at batch 128.
 
-    python -m benchmarks.channel_dot
+python -m benchmarks.channel_dot
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns so that a drifting machine hits all alike."""
+    """Seconds of each call; the functions take turns, so that a drifting machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(warmup + rounds):
         for name, function in functions.items():

@@ -106,9 +106,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     images = datasets.load(options.data, options.split)
     factory = model_factory(options.model, images.num_classes, images.images.shape[1])
     model = load_model(factory, options.weights).to(_device(options.device))
-    result = evaluate(
-        model, images, batch_size=options.batch_size, progress=_progress(options)
-    )
+    result = evaluate(model, images, batch_size=options.batch_size, progress=_progress(options))
     example = images.normalise(images.images[:1]).to(next(model.parameters()).device)
     print(
         table(
@@ -179,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     budget = prune.add_argument_group("budget (exactly one)").add_mutually_exclusive_group(
         required=True
     )
-    budget.add_argument("--macs", type=_count_or_share, help="share of the MACs to keep, or a count")
+    budget.add_argument(
+        "--macs", type=_count_or_share, help="share of the MACs to keep, or a count"
+    )
     budget.add_argument(
         "--params", type=_count_or_share, help="share of the parameters to keep, or a count"
     )

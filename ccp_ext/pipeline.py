@@ -1,7 +1,7 @@
 """The main job from one end to the other, in a folder from which it can go on after a stop.
 
-    model + data -> graph -> allocation -> statistics -> selection -> plan -> surgery
-                 -> BatchNorm re-estimation -> fine-tuning -> report
+model + data -> graph -> allocation -> statistics -> selection -> plan -> surgery
+             -> BatchNorm re-estimation -> fine-tuning -> report
 """
 
 from __future__ import annotations

@@ -178,12 +178,24 @@ class _Edit:
         for tensor, small in self.tensors:
             # Undone in the opposite order: a gradient must have the shape of its tensor.
             undo.callback(setattr, tensor, "grad", tensor.grad)
-            undo.callback(setattr, tensor, "data", tensor.data)
+            undo.callback(_set_data, tensor, tensor.data)
             tensor.grad = None
-            tensor.data = small
+            _set_data(tensor, small)
         for name, value in self.attributes.items():
             undo.callback(setattr, self.module, name, getattr(self.module, name))
             setattr(self.module, name, value)
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """``tensor.data = data`` for another shape, even while an old autograd graph is alive.
+
+    Such a graph (that of a loss which is still in scope) keeps the accumulator of the tensor's
+    gradient, which insists on the old shape; only a change of dtype makes torch drop it.
+    """
+    if tensor.requires_grad:
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data
 
 
 def _edit(path: str, module: nn.Module, cut: Cut) -> _Edit:

@@ -30,8 +30,10 @@ def inputs(tmp_path_factory):
     model = models.create("resnet8")
     x = torch.from_numpy(arrays["train_images"]).float() / 128 - 1
     reestimate_batchnorm(model, x.split(48), progress=False)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
-               folder / "weights.th")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+        folder / "weights.th",
+    )
     np.savez(folder / "data.npz", **arrays)
     return folder
 
@@ -81,10 +83,18 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
 
     slim = str(output / "slim.safetensors")
     data = str(inputs / "data.npz")
-    assert cli.main(
-        ["evaluate", "--quiet", "--model", "resnet8", "--weights", slim, "--data", data]
-    ) == 0
+    assert (
+        cli.main(["evaluate", "--quiet", "--model", "resnet8", "--weights", slim, "--data", data])
+        == 0
+    )
     assert f"{stages[-1]['accuracy %']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_prune_on_a_gpu(cuda, inputs, tmp_path):
+    assert cli.main(prune_command(inputs, tmp_path / "run", epochs=1, device=cuda)) == 0
+    stages = json.loads((tmp_path / "run" / "report.json").read_text())["stages"]
+    assert len(stages) == 4 and stages[1]["MACs"] <= 0.5 * stages[0]["MACs"]
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(inputs, tmp_path, capsys):
@@ -99,13 +109,19 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(inputs, t
     assert "holds a run with criterion='l1', not 'l2'" in error
 
 
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The folder of a run that nobody interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main(prune_command(inputs, output, epochs=1)) == 0
+    return output
+
+
 @pytest.mark.parametrize("stage", ["plain", "statistics", "pruned", "re-estimated", "fine-tuned"])
 def test_an_interrupted_run_goes_on_to_the_same_model(
-    stage, inputs, tmp_path, capsys, monkeypatch
+    stage, whole, inputs, tmp_path, capsys, monkeypatch
 ):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert cli.main(prune_command(inputs, whole, epochs=1)) == 0
-
+    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         if stage == "statistics":
@@ -165,9 +181,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
         error = complaint(capsys, prune_command(inputs, output, **changes))
         assert message in error, changes
         assert not output.exists(), changes
-    error = complaint(
-        capsys, prune_command(inputs, tmp_path / "nan", weights=tmp_path / "nan.th")
-    )
+    error = complaint(capsys, prune_command(inputs, tmp_path / "nan", weights=tmp_path / "nan.th"))
     assert "not finite" in error
     assert not (tmp_path / "nan" / "slim.safetensors").exists()
 

@@ -34,19 +34,21 @@ def gate_derivatives(subject, group):
     """[N, C], one sample at a time: gate times its gradient, summed over positions."""
     model, _, x, y = subject
     (tap,) = group.gate_taps
-    rows = []
+    seen = []
+
+    def keep(tensor):
+        tensor.retain_grad()
+        seen.append(tensor)
+
+    module = model.get_submodule(tap.module)
+    if tap.port == "input":
+        hook = module.register_forward_pre_hook(lambda _, args: keep(args[0]))
+    else:
+        hook = module.register_forward_hook(lambda _, args, output: keep(output))
     for k in range(len(x)):
-        seen = []
-        module = model.get_submodule(tap.module)
-        keep = lambda tensor: (tensor.retain_grad(), seen.append(tensor))  # noqa: B023, E731
-        if tap.port == "input":
-            hook = module.register_forward_pre_hook(lambda _, args: keep(args[0]) and None)
-        else:
-            hook = module.register_forward_hook(lambda _, args, out: keep(out) and None)
         F.cross_entropy(model(x[k : k + 1]), y[k : k + 1]).backward()
-        hook.remove()
-        rows.append((seen[0] * seen[0].grad).sum((0, 2, 3)).detach())
-    return torch.stack(rows)
+    hook.remove()
+    return torch.cat([(z * z.grad).sum((2, 3)).detach() for z in seen])
 
 
 @pytest.mark.parametrize("name", criteria.names())

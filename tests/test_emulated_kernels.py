@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,12 @@ import pytest
 
 EMULATOR = Path(__file__).parent / "emulator"
 ROOT = EMULATOR.parent.parent
+DRIVERS = {
+    "channel_dot": ["plain", "address", "thread"],
+    "weighted_gram": ["plain", "address", "thread"],
+    "cpu_kernels": ["address"],
+    "launch": ["address"],
+}
 SANITIZERS = {
     "plain": ["-DEMU_ALL_DTYPES"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -43,40 +50,47 @@ def run_text(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """run(driver, sanitizer, *arguments) compiles a driver once and runs it.
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """run(driver, sanitizer, *arguments) runs a driver; all are compiled once, two at a time.
 
     Skips where a trivial program does not link or start with that sanitizer.
     """
     folder = tmp_path_factory.mktemp("emulator")
 
+    def program(driver: str, sanitizer: str) -> Path:
+        return folder / f"{driver}_{sanitizer}"
+
     @cache
     def launcher(sanitizer: str) -> list[str]:
         """What precedes a program's name: ThreadSanitizer may need a fixed address layout."""
-        program = folder / f"trivial_{sanitizer}"
+        trivial = program("trivial", sanitizer)
         source = folder / "trivial.cpp"
         source.write_text("int main() {}\n", encoding="utf-8")
-        if compiled(source, program, sanitizer).returncode != 0:
+        if compiled(source, trivial, sanitizer).returncode != 0:
             pytest.skip(f"g++ cannot link with the {sanitizer} sanitizer")
         for prefix in ([], ["setarch", platform.machine(), "-R"]):
             if (not prefix or shutil.which(prefix[0])) and all(
-                run_text([*prefix, str(program)]).returncode == 0 for _ in range(3)
+                run_text([*prefix, str(trivial)]).returncode == 0 for _ in range(3)
             ):
                 return prefix
         pytest.skip(f"programs with the {sanitizer} sanitizer do not start on this machine")
 
-    @cache
-    def build(driver: str, sanitizer: str) -> Path:
-        program = folder / f"{driver}_{sanitizer}"
-        finished = compiled(EMULATOR / f"{driver}.cpp", program, sanitizer)
-        assert finished.returncode == 0, finished.stderr
-        assert "warning" not in finished.stderr, finished.stderr
-        return program
+    with ThreadPoolExecutor(2) as pool:
+        builds = {
+            (driver, sanitizer): pool.submit(
+                compiled, EMULATOR / f"{driver}.cpp", program(driver, sanitizer), sanitizer
+            )
+            for driver, sanitizers in DRIVERS.items()
+            for sanitizer in sanitizers
+        }
 
-    def run(driver: str, sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_text([*launcher(sanitizer), str(build(driver, sanitizer)), *arguments])
+        def run(driver: str, sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+            prefix = launcher(sanitizer)
+            build = builds[driver, sanitizer].result()
+            assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
+            return run_text([*prefix, str(program(driver, sanitizer)), *arguments])
 
-    return run
+        yield run
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])

@@ -6,7 +6,10 @@ from ccp_ext.report import table
 
 
 def test_columns_line_up_and_numbers_are_readable():
-    rows = [{"model": "plain", "MACs": 1234567, "acc": 91.234}, {"model": "s", "MACs": 5, "acc": None}]
+    rows = [
+        {"model": "plain", "MACs": 1234567, "acc": 91.234},
+        {"model": "s", "MACs": 5, "acc": None},
+    ]
     assert table(rows).splitlines() == [
         "model       MACs    acc",
         "-----  ---------  -----",

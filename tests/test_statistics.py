@@ -491,6 +491,24 @@ def test_repeated_runs_give_equal_bits():
     assert torch.equal(runs[0]["g"].S, runs[0]["g"].S.T)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gpu_collects_what_the_cpu_collects(cuda, channels_last):
+    taps = {"conv": "conv1", "gates": ["act1", "bn2"]}
+    data = [batch(64, seed=s, dtype=torch.float32) for s in range(3)]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net = small_net(dtype=torch.float32, inplace=True).to(cuda, memory_format=layout)
+    there = [(x.to(cuda, memory_format=layout), y.to(cuda)) for x, y in data]
+    stats = statistics_of(net, taps, there, site="weight", curvature="empirical")
+    expected = statistics_of(
+        small_net(), taps, [(x.double(), y) for x, y in data], site="weight", curvature="empirical"
+    )
+    for name in taps:
+        assert stats[name].S.is_cuda and stats[name].count == expected[name].count
+        assert relative_error(stats[name].S.cpu(), expected[name].S) < 1e-4
+        assert relative_error(stats[name].u.cpu(), expected[name].u) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -183,12 +183,16 @@ def test_an_optimizer_made_before_goes_on_to_train_the_model():
     torch.manual_seed(0)
     model, x = lively(Concat()), torch.randn(IMAGES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x).sum().backward()
+    hits = []
+    model.left.weight.register_post_accumulate_grad_hook(hits.append)
+    loss = model(x).sum()  # its graph is alive during surgery, as in a training loop
+    loss.backward()
     surgery.prune(model, random_plan(trace(model, x)))
     assert all(p.grad is None for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     model.train()(x).square().sum().backward()
     optimizer.step()
+    assert len(hits) == 2
     for old, new in zip(before, model.parameters(), strict=True):
         assert not torch.equal(old, new)
 
