@@ -215,11 +215,13 @@ def relative_paths(pattern: str) -> list[str]:
 
 def main() -> None:
     import torch
-    from setuptools import setup
-    from torch.utils.cpp_extension import BuildExtension
 
     toolkit = None if os.environ.get("CCP_CUDA") == "0" else find_toolkit(os.environ)
     config = build_config(os.environ, torch.version.cuda, toolkit)
+
+    # After the decision: where there is no GPU, this import prints a warning of its own.
+    from setuptools import setup
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def run(self) -> None:

@@ -6,7 +6,7 @@ The way through: :func:`trace`, :func:`collect`, :func:`make_plan`, :func:`prune
 
 from __future__ import annotations
 
-from ccp_ext import criteria, datasets, measure, models, ops
+from ccp_ext import criteria, datasets, measure, models, ops, reference
 from ccp_ext._build import build_info, usable_devices
 from ccp_ext.allocation import allocate
 from ccp_ext.compensation import reestimate_batchnorm
@@ -47,6 +47,7 @@ __all__ = [
     "ops",
     "prune",
     "reestimate_batchnorm",
+    "reference",
     "save",
     "select",
     "trace",

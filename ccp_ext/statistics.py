@@ -8,7 +8,6 @@ replaces the per-sample weight gradients, and one weighted Gram update
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from ccp_ext.cost import Cost
 from ccp_ext.curvature import BackwardPass, BatchObjective, Curvature, check_choice
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
+from ccp_ext.observation import Observer
 
 if TYPE_CHECKING:
     from ccp_ext.graph import ChannelGraph, Group
@@ -33,7 +33,6 @@ SITES = ("gate", "weight")
 class GroupStatistics:
     """Sums over the samples seen so far for one group of C channels, and the means they give."""
 
-    channels: int
     first_order: bool
     count: int = 0
     gram_sum: Tensor | None = None  # [C, C]
@@ -95,10 +94,10 @@ class GroupStatistics:
             self.count += len(a)
 
     def _allocate(self, like: Tensor) -> None:
-        self.channels = like.shape[-1]
-        self.gram_sum = like.new_zeros(self.channels, self.channels)
-        self.gradient_sum = like.new_zeros(self.channels)
-        self.absolute_sum = like.new_zeros(self.channels)
+        channels = like.shape[-1]
+        self.gram_sum = like.new_zeros(channels, channels)
+        self.gradient_sum = like.new_zeros(channels)
+        self.absolute_sum = like.new_zeros(channels)
 
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gram_sum, self.gradient_sum, self.absolute_sum
@@ -113,33 +112,6 @@ class _Pass:
     finished: bool = False
 
 
-@dataclass
-class _Source:
-    """A tensor to observe, and the groups whose channels it carries."""
-
-    module: nn.Module
-    tap: Tap
-    subtract_bias: bool
-    readers: list[tuple[str, Tensor | None]] = field(default_factory=list)
-    copy: bool = False  # someone changes the tensor in place after we saw it
-
-
-class _RequireGradient(torch.autograd.Function):
-    """Make a tensor part of the autograd graph in place, without a copy.
-
-    Unlike ``requires_grad_()`` this leaves a non-leaf, on which in-place operators still work.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, None]:  # noqa: ARG004
-        return None, None
-
-
 class Statistics(Mapping):
     """Collects (u, S) for every group while the user runs forward and backward; see `collect`.
 
@@ -150,40 +122,38 @@ class Statistics(Mapping):
     def __init__(
         self,
         model: nn.Module,
-        graph: ChannelGraph | Mapping[str, str | Tap | Sequence[str | Tap]],
+        taps: Mapping[str, Sequence[Tap]],
         *,
-        site: str = "gate",
-        curvature: str = "logits",
-        loss: str = "cross_entropy",
-        first_order: bool = True,
-        rows: int = 1,
-        temperature: float = 1.0,
-        seed: int = 0,
-        parameter_gradients: bool = False,
+        site: str,
+        curvature: Curvature,
+        seed: int,
+        parameter_gradients: bool,
     ) -> None:
-        check_choice("site", site, SITES)
-        # The empirical row is the loss's gradient, so u comes with it at no cost.
-        first_order = first_order or curvature == "empirical"
-        self.curvature = Curvature(curvature, loss, first_order, rows, temperature)
-        if parameter_gradients and curvature != "empirical":
-            raise InputError(
-                "collect: parameter_gradients=True needs curvature='empirical', "
-                f"got curvature={curvature!r}, whose backward passes are not the loss's"
-            )
         self.model = model
         self.site = site
-        self.parameter_gradients = parameter_gradients
+        self.curvature = curvature
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
-        taps = _resolve_taps(graph, site)
-        self._sources = _sources(model, taps, site)
-        self._groups = {name: GroupStatistics(_channels(graph, name), first_order) for name in taps}
-        self._exit = contextlib.ExitStack()
+        self._groups = {name: GroupStatistics(curvature.first_order) for name in taps}
         self._pass: _Pass | None = None  # of the forward pass now running, or the last one
         self._waiting: list[_Pass] = []  # passes with derivatives not yet in the sums
-        self._seen: list[tuple[_Source, Tensor, int]] = []  # tensors observed in this forward
-        self._rerunning = False
+        self._observer = Observer(
+            model,
+            taps,
+            of_filter=site == "weight",
+            freeze=not parameter_gradients,
+            begin=self._begin_pass,
+            deliver=self._receive,
+        )
+
+    def __enter__(self) -> Statistics:
+        self._observer.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._observer.__exit__()
+        if exception[0] is None:
+            self._flush()
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -205,94 +175,15 @@ class Statistics(Mapping):
         """The options that decide what the numbers mean, as plain values."""
         return {"site": self.site, **self.curvature.settings()}
 
-    # --- hooking -------------------------------------------------------------------------------
+    # --- what the observer calls ---------------------------------------------------------------
 
-    def __enter__(self) -> Statistics:
-        with contextlib.ExitStack() as stack:
-            _batchnorm_in_eval_mode(self.model, stack)
-            if not self.parameter_gradients:
-                _freeze_parameters(self.model, stack)
-            handles = [
-                self.model.register_forward_pre_hook(self._before_forward),
-                self.model.register_forward_hook(self._after_forward, with_kwargs=True),
-                *(self._observe(source) for source in self._sources),
-            ]
-            for handle in handles:
-                stack.callback(handle.remove)
-            self._exit = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._exit.close()
-        if exception[0] is None:
-            self._flush()
-
-    def _observe(self, source: _Source) -> torch.utils.hooks.RemovableHandle:
-        if source.tap.port == "input":
-            return source.module.register_forward_pre_hook(
-                lambda module, args: self._watch(source, args[0])
-            )
-        return source.module.register_forward_hook(
-            lambda module, args, output: self._watch(source, output)
-        )
-
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        for name, batchnorm in _batchnorms(self.model):
-            if batchnorm.training:
-                raise RuntimeError(
-                    f"collect: BatchNorm {name!r} was put into training mode while statistics are "
-                    "gathered; it must stay in eval mode, since batch statistics mix the samples"
-                )
+    def _begin_pass(self) -> _Pass:
         self._flush()
-        self._begin_pass()
-
-    def _begin_pass(self) -> None:
         self._pass = _Pass(self.curvature.users_backward)
-        self._seen = []
+        return self._pass
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Run the forward pass again, with copies, if someone overwrote what we must remember.
-
-        That happens in the first batch only: from then on these tensors are copied when seen.
-        """
-        overwritten = [s for s, tensor, version in self._seen if tensor._version != version]
-        self._seen = []
-        if not overwritten or self._rerunning:
-            return None
-        for source in overwritten:
-            source.copy = True
-        self._rerunning = True
-        try:
-            self._begin_pass()
-            return module.forward(*args, **kwargs)
-        finally:
-            self._rerunning = False
-            self._seen = []
-
-    def _watch(self, source: _Source, tensor: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if not isinstance(tensor, Tensor):
-            raise InputError(
-                f"collect: the {source.tap.port} of module {source.tap.module!r} must be a tensor, "
-                f"got {type(tensor).__name__}"
-            )
-        if not tensor.requires_grad:
-            _RequireGradient.apply(tensor, self._anchor)
-        if self._pass is None:  # a part of the model was called by itself
-            self._begin_pass()
-        values = tensor.detach()
-        if source.copy:
-            values = values.clone()
-        else:
-            self._seen.append((source, values, values._version))
-        # `values` shares the version counter, so a change in place shows when the gradient comes.
-        tensor.register_hook(partial(self._receive, source, self._pass, values, values._version))
-
-    def _receive(
-        self, source: _Source, forward: _Pass, values: Tensor, version: int, gradient: Tensor
-    ) -> None:
-        """Turn a tensor and its gradient into per-sample derivatives along each channel."""
+    def _receive(self, forward: _Pass, group: str, a: Tensor) -> None:
+        """Keep the derivatives [N, C]; those of coupled channels and shared modules add up."""
         if forward.backward_pass is None:
             raise RuntimeError(
                 f"collect: curvature={self.curvature.kind!r} has its own backward passes; call "
@@ -303,20 +194,8 @@ class Statistics(Mapping):
                 "collect: a backward pass came after its batch was already added to the sums; run "
                 "all backward passes of a batch before the next forward pass"
             )
-        if values._version != version:
-            raise RuntimeError(
-                f"collect: the {source.tap.port} of module {source.tap.module!r} was changed in "
-                "place after it was observed; call the whole model, not its parts"
-            )
-        a = ops.channel_dot(values, gradient, source.tap.channel_dim)
-        if source.subtract_bias:
-            a = a - source.module.bias.detach().to(a.dtype) * _channel_sum(
-                gradient, source.tap.channel_dim, a.dtype
-            )
-        for name, index in source.readers:
-            part = a if index is None else a.index_select(1, index.to(a.device))
-            earlier = forward.contributions.get(name)
-            forward.contributions[name] = part if earlier is None else earlier + part
+        earlier = forward.contributions.get(group)
+        forward.contributions[group] = a if earlier is None else earlier + a
         if not any(waiting is forward for waiting in self._waiting):
             self._waiting.append(forward)
 
@@ -399,13 +278,18 @@ class Statistics(Mapping):
     def all_reduce(self, process_group: Any = None) -> Statistics:
         """Add up the sums of all ranks of ``torch.distributed``; a rank may have seen no sample."""
         self._flush()
-        like = next(self.model.parameters())
+        reduce = partial(torch.distributed.all_reduce, group=process_group)
+        parameter = next(self.model.parameters())
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         for group in self._groups.values():
-            if group.gram_sum is None:
-                group._allocate(like.new_zeros(1, group.channels, dtype=_statistics_dtype(like)))
-            count = torch.tensor([group.count], device=group.gram_sum.device)
+            seen = 0 if group.gram_sum is None else len(group.gram_sum)
+            channels = torch.tensor([seen], device=parameter.device)
+            reduce(channels, torch.distributed.ReduceOp.MAX)
+            if not seen:
+                group._allocate(parameter.new_zeros(1, int(channels), dtype=dtype))
+            count = torch.tensor([group.count], device=parameter.device)
             for total in (*group._sums(), count):
-                torch.distributed.all_reduce(total, group=process_group)
+                reduce(total)
             group.count = int(count)
         return self
 
@@ -499,21 +383,22 @@ def collect(
         InputError: an unknown option value, module path or tensor, a BatchNorm without running
             statistics.
     """
+    check_choice("site", site, SITES)
+    if parameter_gradients and curvature != "empirical":
+        raise InputError(
+            "collect: parameter_gradients=True needs curvature='empirical', "
+            f"got curvature={curvature!r}, whose backward passes are not the loss's"
+        )
+    # The empirical row is the loss's gradient, so u comes with it at no cost.
+    first_order = first_order or curvature == "empirical"
     return Statistics(
         model,
-        graph,
+        _resolve_taps(graph, site),
         site=site,
-        curvature=curvature,
-        loss=loss,
-        first_order=first_order,
-        rows=rows,
-        temperature=temperature,
+        curvature=Curvature(curvature, loss, first_order, rows, temperature),
         seed=seed,
         parameter_gradients=parameter_gradients,
     )
-
-
-# --- taps and hooks ----------------------------------------------------------------------------
 
 
 def _resolve_taps(graph: Any, site: str) -> dict[str, tuple[Tap, ...]]:
@@ -527,66 +412,3 @@ def _resolve_taps(graph: Any, site: str) -> dict[str, tuple[Tap, ...]]:
         entries = [entry] if isinstance(entry, str | Tap) else list(entry)
         taps[name] = tuple(e if isinstance(e, Tap) else Tap(e) for e in entries)
     return taps
-
-
-def _sources(model: nn.Module, taps: Mapping[str, tuple[Tap, ...]], site: str) -> list[_Source]:
-    """One source a tensor, though several groups may read channels of it."""
-    modules = dict(model.named_modules())
-    found: dict[tuple[str, str, int], _Source] = {}
-    for name, group_taps in taps.items():
-        for tap in group_taps:
-            module = modules.get(tap.module)
-            if module is None:
-                raise InputError(
-                    f"collect: the model has no module {tap.module!r} (group {name!r})"
-                )
-            key = (tap.module, tap.port, tap.channel_dim)
-            biased = site == "weight" and tap.port == "output"
-            if key not in found:
-                has_bias = getattr(module, "bias", None) is not None
-                is_filter = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-                found[key] = _Source(module, tap, biased and has_bias and is_filter)
-            index = None if tap.index is None else torch.tensor(tap.index)
-            found[key].readers.append((name, index))
-    return list(found.values())
-
-
-def _channels(graph: Any, name: str) -> int:
-    """Known from a graph; for a mapping of modules only once a tensor was seen."""
-    return (
-        0
-        if isinstance(graph, Mapping)
-        else next(g.channels for g in graph.groups if g.name == name)
-    )
-
-
-def _channel_sum(tensor: Tensor, channel_dim: int, dtype: torch.dtype) -> Tensor:
-    positions = [d for d in range(1, tensor.dim()) if d != channel_dim % tensor.dim()]
-    return tensor.sum(positions, dtype=dtype) if positions else tensor.to(dtype)
-
-
-def _batchnorms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield name, module
-
-
-def _batchnorm_in_eval_mode(model: nn.Module, stack: contextlib.ExitStack) -> None:
-    for name, module in _batchnorms(model):
-        if module.running_mean is None:
-            raise InputError(
-                f"collect: BatchNorm {name!r} has no running statistics "
-                "(track_running_stats=False), so its samples cannot be told apart"
-            )
-        stack.callback(module.train, module.training)
-        module.eval()
-
-
-def _freeze_parameters(model: nn.Module, stack: contextlib.ExitStack) -> None:
-    for parameter in model.parameters():
-        stack.callback(parameter.requires_grad_, parameter.requires_grad)
-        parameter.requires_grad_(False)
-
-
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

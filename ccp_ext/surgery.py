@@ -332,15 +332,15 @@ def _watched(model: nn.Module, running: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 without TF32, whose rounding would hide a small error."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.allow_tf32 = False
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -372,10 +372,19 @@ WORKER = """
     from tests.test_statistics import batch, small_net, statistics_of
     rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    # Ragged: rank 0 has 7 samples in two batches, rank 1 four in one; "b" is read by rank 0 only.
+    # Ragged: rank 0 has seven samples in two batches, rank 1 four in one.
     data = [batch(4, seed=0), batch(3, seed=1)] if rank == 0 else [batch(4, seed=2)]
     stats = statistics_of(small_net(), {"g": "act1"}, data, curvature="empirical").all_reduce()
-    torch.save({"S": stats["g"].S, "u": stats["g"].u, "count": stats["g"].count}, f"{out}.{rank}")
+    # A rank may have seen nothing at all.
+    rest = statistics_of(small_net(), {"g": "act1"}, data[:rank], curvature="empirical")
+    rest.all_reduce()
+    torch.save(
+        {
+            "S": stats["g"].S, "u": stats["g"].u, "count": stats["g"].count,
+            "rest": rest["g"].S, "rest count": rest["g"].count,
+        },
+        f"{out}.{rank}",
+    )
     dist.destroy_process_group()
 """
 
@@ -404,6 +413,9 @@ def test_two_gloo_ranks_equal_one_process(tmp_path, pytestconfig):
     assert ranks[0]["count"] == one.count == 11
     assert relative_error(ranks[0]["S"], one.S) < 1e-14
     assert relative_error(ranks[0]["u"], one.u) < 1e-14
+    rest = statistics_of(small_net(), {"g": "act1"}, [batch(4, seed=2)], curvature="empirical")
+    assert [r["rest count"] for r in ranks] == [4, 4]
+    assert torch.equal(ranks[0]["rest"], rest["g"].S) and torch.equal(ranks[1]["rest"], rest["g"].S)
 
 
 # --- manners -----------------------------------------------------------------------------------

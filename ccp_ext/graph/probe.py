@@ -13,20 +13,31 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccp_ext.cutting import Cut, cut_attributes, cut_tensors
+from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph.channels import ChannelGraph
 
 
 class Probe:
-    """Runs the model without computing anything; the model must be in eval mode."""
+    """Runs the model without computing anything.
 
-    def __init__(self, model: nn.Module, arguments: Sequence[Tensor]) -> None:
+    Attributes:
+        macs: multiply-accumulate operations of one forward pass in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Sequence[Tensor], training: bool) -> None:
+        """``training``: let :meth:`misfits` try training mode too, for what only it executes."""
         self._model = model
+        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._arguments = [self._mode.from_tensor(x) for x in arguments]
         counter = FlopCounterMode(display=False)
         with counter:
-            self._outputs = self._output_shapes({})
+            self._expected = {False: self._output_shapes({}, training=False)}
         self.macs = counter.get_total_flops() // 2
+        if training:
+            # A model that cannot be trained on these inputs has nothing to compare with.
+            with contextlib.suppress(Exception):
+                self._expected[True] = self._output_shapes({}, training=True)
 
     def misfits(self, graph: ChannelGraph) -> dict[str, str]:
         """The groups that cannot lose a channel, because the model's code relies on their number.
@@ -47,16 +58,22 @@ class Probe:
         return errors
 
     def _error(self, graph: ChannelGraph, kept: Mapping[str, Sequence[int]]) -> str | None:
-        try:
-            shapes = self._output_shapes(graph.cuts(kept))
-        except Exception as error:  # whatever the model's own code raises
-            return str(error).strip().partition("\n")[0] or type(error).__name__
-        return None if shapes == self._outputs else "the model's output changes its shape"
+        cuts = graph.cuts(kept)
+        for training, expected in self._expected.items():
+            try:
+                shapes = self._output_shapes(cuts, training)
+            except Exception as error:  # whatever the model's own code raises
+                return str(error).strip().partition("\n")[0] or type(error).__name__
+            if shapes != expected:
+                return "the model's output changes its shape"
+        return None
 
-    def _output_shapes(self, cuts: Mapping[str, Cut]) -> Any:
+    def _output_shapes(self, cuts: Mapping[str, Cut], training: bool) -> Any:
         modules = {path: self._model.get_submodule(path) for path in cuts}
-        with torch.no_grad(), self._mode:
-            tensors = {
+        with training_flags_kept(self._model), torch.no_grad(), self._mode:
+            self._model.train(training)
+            tensors = {name: self._mode.from_tensor(t) for name, t in self._tensors.items()}
+            tensors |= {
                 f"{path}.{name}" if path else name: small
                 for path, module in modules.items()
                 for name, _, small in cut_tensors(path, module, cuts[path])

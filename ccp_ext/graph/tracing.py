@@ -26,9 +26,10 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
     """Find out which channels of a model live and die together.
 
     The model is exported in eval mode with torch.export, and the position of every channel is
-    followed through every operator. Where an operator is not known, or the model's code relies on
-    the number of channels, the channels stay; ``ChannelGraph.fixed`` says which and why. The model
-    is left as it was: training flags, buffers and random state included.
+    followed through every operator. Then the model runs on fake tensors with a channel less in
+    every group. Where an operator is not known, or the model's code relies on the number of
+    channels, the channels stay; ``ChannelGraph.fixed`` says which and why. The model is left as it
+    was: training flags, buffers and random state included.
 
     Args:
         model: any module that torch.export can handle.
@@ -45,7 +46,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
     with training_flags_kept(model), random_state_kept(model):
         model.eval()
         state = _propagate(model, arguments)
-        probe = Probe(model, arguments)
+        with _refusing(model, "run on fake tensors"):
+            probe = Probe(model, arguments, training=_has_idle_parameters(state, model))
         graph = _graph(model, arguments, state, probe)
         for name, error in probe.misfits(graph).items():
             reason = f"the model's code relies on their number: {error}"
@@ -63,16 +65,21 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
+@contextlib.contextmanager
+def _refusing(model: nn.Module, action: str) -> Iterator[None]:
+    """Turn whatever torch or the model's own code raises into one sentence."""
     try:
-        with torch.enable_grad():
-            program = torch.export.export(model, arguments)
-    except Exception as error:  # torch.export documents no common base class
+        yield
+    except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: "
-            f"{first_line}"
+            f"{type(model).__name__} cannot be {action}: {type(error).__name__}: {first_line}"
         ) from error
+
+
+def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
+    with _refusing(model, "traced by torch.export"), torch.enable_grad():
+        program = torch.export.export(model, arguments)
     signature = program.graph_signature
     tensors = {
         **{k: model.get_parameter(v) for k, v in signature.inputs_to_parameters.items()},
@@ -100,6 +107,14 @@ def _visit(state: Propagation, node: Node) -> None:
         channels = rules.apply(state, node)
         if channels is not None:
             state.maps[node] = channels
+
+
+def _has_idle_parameters(state: Propagation, model: nn.Module) -> bool:
+    """Whether a module with parameters is not called in eval mode, such as an auxiliary head."""
+    return any(
+        module._parameters and not state.calls.of_module(path)
+        for path, module in model.named_modules()
+    )
 
 
 def _follow_in_place_results(nodes: list[Node]) -> None:
