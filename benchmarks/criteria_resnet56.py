@@ -1,6 +1,6 @@
 """Criteria on ResNet-56 / CIFAR-10 at equal cost, without fine-tuning.
 
-    python -m benchmarks.criteria_resnet56 --weights resnet56-4bfd9763.th --data cifar10
+    python -m benchmarks.criteria_resnet56 --weights resnet56-4bfd9763.th --data data/cifar10
 
 Every inner group loses the same share of its channels. Statistics and BatchNorm re-estimation use
 training images only; the test set is looked at once for each row. Rows are written as they are

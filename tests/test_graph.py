@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap, trace
 
 IMAGES = (2, 3, 8, 8)
+RESNET8 = partial(models.create, "resnet8")
+NARROW_MOBILENET = partial(models.create, "mobilenetv2", width_mult=0.25)
 
 
 def graph_of(model, shape=IMAGES):
@@ -64,7 +67,7 @@ def test_padded_shortcuts_tie_the_middle_channels_of_a_wider_stage():
 def test_groups_name_producers_norms_and_consumers():
     group = graph_of(models.create("resnet8"), (1, 3, 16, 16))["layer1.0.conv1"]
     whole = tuple((i,) for i in range(16))
-    assert [(s.module, s.axis, s.index) for s in group.slices] == [
+    assert [(s.module, s.axis, s.index) for s in group.members] == [
         ("layer1.0.conv1", "out", whole),
         ("layer1.0.bn1", "out", whole),
         ("layer1.0.conv2", "in", whole),
@@ -132,7 +135,7 @@ def test_depthwise_outputs_belong_to_the_channel_that_they_are_made_of():
 
 
 def test_gate_of_an_inverted_residual_is_behind_the_depthwise_convolution():
-    graph = trace(models.create("mobilenetv2"), torch.randn(1, 3, 32, 32))
+    graph = trace(NARROW_MOBILENET(), torch.randn(1, 3, 32, 32))
     group = graph["features.2.layers.0.0"]
     assert group.gate_taps == (Tap("features.2.layers.1.2"),)
     assert [s.module for s in group.channelwise] == [
@@ -160,11 +163,12 @@ def test_gate_behind_a_functional_activation_is_the_input_of_the_next_layer():
 
 # Not Depthwise: its normalisation comes after each channel has become two.
 @pytest.mark.parametrize(
-    "network", [Concat, SqueezeExcite, Shared, InPlace, Tokens, "resnet8", "mobilenetv2"]
+    "network",
+    [Concat, SqueezeExcite, Shared, InPlace, Tokens, RESNET8, NARROW_MOBILENET],
 )
 def test_closing_all_gates_is_the_same_as_removing_the_channels(network):
     torch.manual_seed(0)
-    model = lively(network() if isinstance(network, type) else models.create(network))
+    model = lively(network())
     x = torch.randn(IMAGES)
     graph = trace(model, x)
     plan = random_plan(graph)
@@ -322,15 +326,16 @@ def test_a_weight_that_something_else_reads_is_fixed():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_tracing_leaves_the_model_and_the_random_state_alone(grad):
-    model = lively(models.create("mobilenetv2", width_mult=0.25)).train()
-    model.features[3].eval()
-    model.features[0].requires_grad_(False)
+    model = nn.Sequential(SqueezeExcite(), nn.BatchNorm1d(5), nn.Dropout())
+    lively(model).train()
+    model[1].eval()
+    model[0].conv.requires_grad_(False)
     flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
     state = copy.deepcopy(model.state_dict())
     grads = [p.requires_grad for p in model.parameters()]
     random_state = torch.get_rng_state()
     with torch.set_grad_enabled(grad):
-        graph = trace(model, torch.zeros(2, 3, 32, 32))
+        graph = trace(model, torch.zeros(IMAGES))
     assert graph.groups
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == flags

@@ -52,9 +52,9 @@ def test_latency_sums_up_the_repeats_without_gradients():
 
 
 @pytest.mark.gpu
-def test_latency_on_a_gpu_waits_for_the_kernels():
-    x = torch.randn(4096, 4096, device="cuda")
-    result = measure.latency(nn.Linear(4096, 4096, device="cuda"), x, repeats=10)
+def test_latency_on_a_gpu_waits_for_the_kernels(cuda):
+    x = torch.randn(4096, 4096, device=cuda)
+    result = measure.latency(nn.Linear(4096, 4096, device=cuda), x, repeats=10)
     # 69 GMACs take longer than a launch on any GPU.
     assert result.low > 0.05
 

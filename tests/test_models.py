@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_networks import output
 
 from ccp_ext import measure, models
 from ccp_ext.errors import InputError
@@ -35,11 +36,13 @@ def test_resnet_tensors_have_the_names_that_public_checkpoints_use():
     assert not any("shortcut" in name for name in names)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vgg16_bn", "mobilenetv2"])
-@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "in_channels"),
+    [("resnet8", 1), ("resnet8", 3), ("resnet20", 3), ("vgg16_bn", 1), ("mobilenetv2", 1)],
+)
 def test_models_give_logits_for_images_with_any_number_of_channels(name, in_channels):
-    model = models.create(name, num_classes=7, in_channels=in_channels)
-    assert model(torch.randn(2, in_channels, 32, 32)).shape == (2, 7)
+    model = models.create(name, num_classes=7, in_channels=in_channels).eval()
+    assert output(model, torch.randn(1, in_channels, 32, 32)).shape == (1, 7)
 
 
 def test_shortcut_subsamples_and_pads_with_zero_channels():

@@ -61,7 +61,7 @@ def build(name):
     if name.startswith("torchvision."):
         torchvision = pytest.importorskip("torchvision", reason="compares with its networks")
         return getattr(torchvision.models, name.partition(".")[2])(num_classes=10)
-    options = {"width_mult": 0.5} if name == "mobilenetv2" else {}
+    options = {"width_mult": 0.25} if name == "mobilenetv2" else {}
     return models.create(name, **options)
 
 

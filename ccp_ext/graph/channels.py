@@ -79,7 +79,7 @@ class Group:
     coupled: bool
 
     @property
-    def slices(self) -> tuple[Slice, ...]:
+    def members(self) -> tuple[Slice, ...]:
         """Every part of every module that belongs to the group."""
         return self.producers + self.channelwise + self.consumers + self.paddings
 
@@ -230,7 +230,7 @@ class ChannelGraph:
         for name, indices in kept.items():
             group = self[name]
             gone = set(range(group.channels)) - set(indices)
-            for part in group.slices if gone else ():
+            for part in group.members if gone else ():
                 positions = removed.setdefault((part.module, part.axis), set())
                 positions.update(p for channel in gone for p in part.index[channel])
         cuts = {layer.module: _cut_layer(layer, removed) for layer in self.layers}
@@ -250,7 +250,7 @@ class ChannelGraph:
                 raise InputError(
                     f"group {name!r} can keep 1 to {group.channels} channels; got {count!r}"
                 )
-            for part in group.slices:
+            for part in group.members:
                 key = part.module, part.axis
                 positions = (group.channels - count) * len(part.index[0])
                 removed[key] = removed.get(key, 0) + positions
