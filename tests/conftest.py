@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+
+# Threads that wait would otherwise spin, and take the cores from those with work. Read by OpenMP
+# when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

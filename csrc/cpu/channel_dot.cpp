@@ -15,7 +15,7 @@ namespace ccp::cpu {
 namespace {
 
 // Fewer elements than this are not worth a thread of their own.
-constexpr int64_t kGrainElements = 16384;
+constexpr int64_t kGrainElements = 32768;
 
 // Positions are summed in blocks of fixed length, so that the number of threads does not change
 // the result. Long rows are thereby split among threads, and rounding errors stay small.

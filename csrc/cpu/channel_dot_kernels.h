@@ -105,9 +105,11 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Ac
     const T* x = static_cast<const T*>(params.x) + sample.x + channel.x;
     const T* g = static_cast<const T*>(params.g) + sample.g + channel.g;
     double sum = 0;
-    for_each_run(layout, first, last, [&](int64_t x_offset, int64_t g_offset, int64_t count) {
+    const auto add_run = [&](int64_t x_offset, int64_t g_offset,
+                             int64_t count) __attribute__((always_inline)) {
       sum += dot_run(x + x_offset, g + g_offset, layout.innermost(), count);
-    });
+    };
+    for_each_run(layout, first, last, add_run);
     sums[item] = static_cast<Accumulator<T>>(sum);
     if (++c < channels) continue;
     c = 0;
@@ -180,9 +182,11 @@ void channel_dot_by_position(const ChannelDotParams& params, int64_t block_lengt
       const int64_t tile = std::min<int64_t>(kChannelTile, channels - c);
       alignas(64) Accumulator<T> acc[kChannelTile];
       std::fill(acc, acc + ceil_div(tile, kLanes<Accumulator<T>>) * kLanes<Accumulator<T>>, 0);
-      for_each_run(layout, first, last, [&](int64_t x_offset, int64_t g_offset, int64_t count) {
+      const auto add_run = [&](int64_t x_offset, int64_t g_offset,
+                               int64_t count) __attribute__((always_inline)) {
         add_positions(x + c + x_offset, g + c + g_offset, layout.innermost(), count, tile, acc);
-      });
+      };
+      for_each_run(layout, first, last, add_run);
       std::copy(acc, acc + tile, sums + item * channels + c);
     }
   }

@@ -16,7 +16,7 @@ namespace ccp::cpu {
 namespace {
 
 constexpr int64_t kDepth = 128;  // rows of a per block: two packed panels fit in the first cache
-constexpr int64_t kGrainProducts = 1 << 18;  // fewer are not worth a thread of their own
+constexpr int64_t kGrainProducts = 1 << 20;  // fewer are not worth a thread of their own
 
 template <class Sigma>
 void read_weights(const WeightedGramParams& params, int64_t begin, int64_t depth, double* weights) {
