@@ -30,13 +30,13 @@ $(BUILT): $(VENV)/installed $(SOURCES)
 	@echo "building the extension (log: $(VENV)/build.log)"
 	@$(PIP) install --verbose --no-build-isolation --editable '.[data,demo,dev]' \
 	  >$(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
-	@grep -o 'ccp_ext: .*' $(VENV)/build.log
+	@grep -o 'ccp_ext: CPU .*' $(VENV)/build.log
 	@$(VENV)/bin/ccp info
 	touch $@
 
 $(VENV)/installed: | machine
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --progress-bar on $(TORCH) $(EXTRA) numpy setuptools wheel ninja pybind11
+	$(PIP) install --quiet --progress-bar on $(TORCH) $(EXTRA) numpy 'setuptools>=77' wheel ninja pybind11
 	touch $@
 
 # What a fresh machine may lack, each with the line that brings it.

@@ -1,19 +1,18 @@
 """Remove whole channels of convolutional networks, chosen by their joint effect on the loss.
 
 The way through: :func:`trace`, :func:`collect`, :func:`make_plan`, :func:`prune`,
-:func:`reestimate_batchnorm`, :func:`finetune`, :func:`save`, :func:`load`.
+:func:`reestimate_batchnorm`, :mod:`ccp_ext.finetune`, :func:`save`, :func:`load`.
 """
 
 from __future__ import annotations
 
-from ccp_ext import criteria, datasets, measure, models, ops, reference
+from ccp_ext import criteria, datasets, finetune, measure, models, ops, reference
 from ccp_ext._build import build_info, usable_devices
 from ccp_ext.allocation import allocate
 from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
-from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, Tap, trace
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import make_plan
@@ -27,7 +26,6 @@ __all__ = [
     "ChannelGraph",
     "Choice",
     "Cost",
-    "FinetuneConfig",
     "InputError",
     "PruningPlan",
     "Statistics",
