@@ -33,15 +33,19 @@ def _info(options: argparse.Namespace) -> None:
 
     import ccp_ext
 
+    built = ccp_ext.build_info()
+    kernels = "CPU"
+    if built["cuda"]:
+        kernels += f" and CUDA (nvcc {built['nvcc']}; {' '.join(built['architectures'])})"
     for name, value in {
         "ccp_ext": ccp_ext.__version__,
         "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch's CUDA": torch.version.cuda or "none",
-        **ccp_ext.build_info(),
+        "torch": f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})",
+        "kernels built": kernels,
+        "built with": f"torch {built['torch']}, {built['compiler']}",
         "usable devices": ", ".join(ccp_ext.usable_devices()),
     }.items():
-        print(f"{name + ':':18} {value}")
+        print(f"{name + ':':16}{value}")
 
 
 def _criteria(options: argparse.Namespace) -> None:
