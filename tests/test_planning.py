@@ -1,0 +1,70 @@
+"""From costs and a budget to a plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ccp_ext
+from ccp_ext import Cost, InputError, criteria, make_plan, models
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return ccp_ext.trace(models.create("resnet8"), torch.randn(1, 3, 16, 16)).inner
+
+
+def random_costs(graph, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    costs = {}
+    for group in graph.groups:
+        a = torch.randn(2 * group.channels, group.channels, generator=generator)
+        costs[group.name] = Cost(a.T @ a, torch.randn(group.channels, generator=generator))
+    return costs
+
+
+def test_each_group_loses_the_channels_that_select_chooses(graph):
+    costs = random_costs(graph)
+    plan = make_plan(graph, costs, ratio=0.5)
+    for group in graph.groups:
+        cost = costs[group.name]
+        choice = ccp_ext.select(F=cost.S, u=cost.u, r=group.channels // 2)
+        kept = torch.nonzero(~choice.removed).flatten().tolist()
+        assert list(plan.groups[group.name].kept) == kept
+        assert plan.record["objective"][group.name] == choice.objective
+    assert plan.record["budget"] == {"ratio": 0.5}
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.6}])
+def test_budgets_are_met_from_below(graph, budget):
+    plan = make_plan(graph, random_costs(graph), **budget)
+    (kind, share) = next(iter(budget.items()))
+    name = {"macs": "macs", "params": "parameters"}[kind]
+    assert 0.9 * share < plan.forecast[f"{name}_after"] / plan.forecast[f"{name}_before"] <= share
+
+
+def test_statistics_serve_as_costs_without_the_first_order_term(graph):
+    torch.manual_seed(0)
+    model = models.create("resnet8").eval()
+    x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    with ccp_ext.collect(model, graph) as stats:
+        stats.backward(model(x), y)
+    plan = make_plan(graph, stats, macs=0.5)
+    expected = make_plan(graph, criteria.get("ccp").costs(model, graph, stats), macs=0.5)
+    assert plan.groups == expected.groups
+
+
+def test_kept_counts_are_multiples(graph):
+    plan = make_plan(graph, random_costs(graph), macs=0.6, multiple=8)
+    assert all(len(group.kept) % 8 == 0 for group in plan.groups.values())
+
+
+def test_bad_costs_are_named(graph):
+    costs = random_costs(graph)
+    name = graph.groups[0].name
+    with pytest.raises(InputError, match=f"group '{name}' has no cost"):
+        make_plan(graph, {k: v for k, v in costs.items() if k != name}, ratio=0.5)
+    with pytest.raises(InputError, match=f"cost of group '{name}' is for 3 channels"):
+        make_plan(graph, {**costs, name: Cost(u=torch.zeros(3))}, ratio=0.5)
+    with pytest.raises(InputError, match="exactly one of"):
+        make_plan(graph, costs)
