@@ -116,7 +116,8 @@ class Observer(Generic[Forward]):
                     f"collect: BatchNorm {name!r} was put into training mode while statistics are "
                     "gathered; it must stay in eval mode, since batch statistics mix the samples"
                 )
-        self._start()
+        if torch.is_grad_enabled():
+            self._start()
 
     def _start(self) -> None:
         self._forward = self._begin()
