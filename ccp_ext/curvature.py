@@ -93,13 +93,14 @@ class BatchObjective:
     ) -> None:
         self.curvature = curvature
         self.outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-        self.targets = targets
+        self.targets: Tensor | None = None
         self.hard = targets is not None and not targets.is_floating_point()
         self._cross_entropy = curvature.loss == "cross_entropy"
         self._generator = generator
         self._log_f = torch.log_softmax(self.outputs, 1) if self._cross_entropy else None
         if targets is not None:
             self._check_targets(targets)
+            self.targets = targets.to(outputs.device, non_blocking=True)
         elif curvature.first_order or curvature.kind in ("empirical", "exact"):
             raise InputError(
                 f"stats.backward: curvature={curvature.kind!r} with first_order="
