@@ -20,15 +20,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+    functions: Mapping[str, Callable[..., Any]],
+    rounds: int,
+    warmup: int = 2,
+    prepare: Callable[[], tuple] = tuple,
 ) -> dict[str, list[float]]:
-    """Seconds of each call; the functions take turns, so that a drifting machine hits all alike."""
+    """Seconds of each call; the functions take turns, so that a drifting machine hits all alike.
+
+    Before each call ``prepare``, which is not timed, makes its arguments.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(warmup + rounds):
         for name, function in functions.items():
+            arguments = prepare()
             _synchronize()
             begin = time.perf_counter()
-            function()
+            function(*arguments)
             _synchronize()
             if k >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
