@@ -47,42 +47,59 @@ def main() -> None:
     print(write_results("channel_dot", content))
 
 
-def torch_expression(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    return (x * g).sum((2, 3))
-
-
 def _measure(shape, dtype, layout, case: str, rounds: int) -> dict:
     torch.manual_seed(0)
     size = torch.Size(shape).numel() * dtype.itemsize
     copies = max(4, ROTATION_BYTES // (2 * size))
-    pairs = [
-        tuple(torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in "xg")
-        for _ in range(copies)
-    ]
-    expected, bound = reference.channel_dot(*pairs[0]), reference.channel_dot(*map(abs, pairs[0]))
-    if not ((ops.channel_dot(*pairs[0]) - expected).abs() <= 1e-5 * bound).all():
-        raise AssertionError(f"channel_dot is wrong on {shape} {dtype} {layout}")
+    inputs = [_inputs(shape, dtype, layout) for _ in range(copies)]
+    _validate(*inputs[0][:2])
     # One turn for all: an input that another has just read would lie in the cache.
-    turns = itertools.cycle(pairs)
+    turns = itertools.cycle(inputs)
 
-    def prepared() -> tuple[torch.Tensor, torch.Tensor]:
-        x, g = next(turns)
+    def prepared() -> tuple[torch.Tensor, ...]:
+        x, g, both = next(turns)
         if case != "both in memory":
             g.mul_(1)
         if case == "both in cache":
             x.mul_(1)
-        return x, g
+        return x, g, both
 
-    functions = {"ours": ops.channel_dot, "torch": torch_expression}
-    seconds = interleaved(functions, rounds, prepare=prepared)
+    seconds = interleaved(
+        {
+            "ours": lambda x, g, both: ops.channel_dot(x, g),
+            "torch": lambda x, g, both: (x * g).sum((2, 3)),
+            "read": lambda x, g, both: both.sum(),
+        },
+        rounds,
+        prepare=prepared,
+    )
     return {
         "case": case,
         "shape": "x".join(map(str, shape)),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": str(layout).removeprefix("torch.").removesuffix("_format"),
         "GB/s": 2e-9 * size / median(seconds["ours"]),
+        "% of reading": 100 * ratio(seconds["read"], seconds["ours"]),
         "speed-up": ratio(seconds["torch"], seconds["ours"]),
     }
+
+
+def _inputs(shape, dtype, layout) -> tuple[torch.Tensor, ...]:
+    """x and g, and the memory of both as one float32 vector: its sum is a plain read."""
+    n, c, h, w = shape
+    memory = torch.randn(2, n * c * h * w).to(dtype)
+    both = memory.view(-1).view(torch.float32)
+    if layout is torch.channels_last:
+        x, g = (part.view(n, h, w, c).permute(0, 3, 1, 2) for part in memory)
+    else:
+        x, g = (part.view(shape) for part in memory)
+    return x, g, both
+
+
+def _validate(x: torch.Tensor, g: torch.Tensor) -> None:
+    error = (ops.channel_dot(x, g) - reference.channel_dot(x, g)).abs()
+    if not (error <= 1e-5 * reference.channel_dot(x.abs(), g.abs())).all():
+        raise AssertionError(f"channel_dot is wrong on {list(x.shape)} {x.dtype}")
 
 
 if __name__ == "__main__":
