@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=10_000, help="for the statistics")
-    parser.add_argument("--reestimate-images", type=int, default=5_000)
+    parser.add_argument("--reestimate-images", type=int, default=2_500)
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0, help="of the images drawn")
     options = parser.parse_args()
