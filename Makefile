@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 export CCP_CUDA ?= auto
 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
-BUILT := $(VENV)/built-cuda-$(CCP_CUDA)
+INSTALLED := $(VENV)/installed-$(subst =,,$(TORCH))
+BUILT := $(VENV)/built-$(subst =,,$(TORCH))-cuda-$(CCP_CUDA)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test lint machine clean
@@ -26,18 +27,20 @@ lint: $(BUILT)
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-$(BUILT): $(VENV)/installed $(SOURCES)
+$(BUILT): $(INSTALLED) $(SOURCES)
 	@echo "building the extension (log: $(VENV)/build.log)"
 	@$(PIP) install --verbose --no-build-isolation --editable '.[data,demo,dev]' \
 	  >$(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
 	@grep -o 'ccp_ext: CPU .*' $(VENV)/build.log
 	@$(VENV)/bin/ccp info
-	touch $@
+	@rm -f $(VENV)/built-*
+	@touch $@
 
-$(VENV)/installed: | machine
+$(INSTALLED): | machine
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --progress-bar on $(TORCH) $(EXTRA) numpy 'setuptools>=77' wheel ninja pybind11
-	touch $@
+	@rm -f $(VENV)/installed-* $(VENV)/built-*
+	@touch $@
 
 # What a fresh machine may lack, each with the line that brings it.
 machine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ccp_ext import models, surgery
 from ccp_ext.errors import InputError
+from ccp_ext.files import load_tensors
 
 
 def model_factory(name: str, num_classes: int, in_channels: int) -> Callable[[], nn.Module]:
@@ -32,7 +32,7 @@ def model_factory(name: str, num_classes: int, in_channels: int) -> Callable[[],
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's code
         raise InputError(f"model {name!r} cannot be imported: {error}") from error
 
 
@@ -46,14 +46,15 @@ def load_model(factory: Callable[[], nn.Module], weights: str | os.PathLike[str]
             carry the prefix ``module.`` of DataParallel.
 
     Raises:
-        InputError: the file is missing or unreadable, or belongs to another model.
+        InputError: the file is missing or unreadable, belongs to another model, or holds NaN or
+            infinity; or the constructor fails.
     """
     path = Path(weights)
     if not path.is_file():
         raise InputError(f"weights {os.fspath(path)!r}: no such file")
     if path.suffix == ".safetensors":
-        return surgery.load(path, factory).eval()
-    model = factory()
+        return _check_finite(surgery.load(path, lambda: _build(factory)), path).eval()
+    model = _build(factory)
     try:
         model.load_state_dict(_read_state_dict(path))
     except RuntimeError as error:
@@ -61,17 +62,11 @@ def load_model(factory: Callable[[], nn.Module], weights: str | os.PathLike[str]
         raise InputError(
             f"weights {os.fspath(path)!r} do not fit {type(model).__name__}: {' '.join(first)}"
         ) from error
-    return model.eval()
+    return _check_finite(model, path).eval()
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"weights {os.fspath(path)!r} is not a readable PyTorch checkpoint: {reason}"
-        ) from error
+    content = load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -79,3 +74,25 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(torch.is_tensor(v) for v in content.values()):
         raise InputError(f"weights {os.fspath(path)!r} holds no state dict (names to tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _build(factory: Callable[[], nn.Module]) -> nn.Module:
+    """Call a constructor that may be the user's."""
+    try:
+        model = factory()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model's constructor fails: {error!r}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model's constructor must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    return model
+
+
+def _check_finite(model: nn.Module, path: Path) -> nn.Module:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"weights {os.fspath(path)!r}: {name} is not finite")
+    return model

@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"ccp {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"ccp {options.command}: {name}{error.strerror or error}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"ccp {options.command}: interrupted{options.after_interrupt}", file=sys.stderr)
         return INTERRUPTED
@@ -246,7 +250,13 @@ def _count_or_share(text: str) -> float | int:
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 0.5 or a count, got {text!r}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Curvature:
         check_choice("loss", self.loss, LOSSES)
         if not isinstance(self.rows, int) or self.rows < 1:
             raise InputError(f"collect: rows must be a positive integer, got {self.rows!r}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        is_number = isinstance(self.temperature, int | float)
+        if not (is_number and self.temperature > 0 and math.isfinite(self.temperature)):
             raise InputError(f"collect: temperature must be positive, got {self.temperature!r}")
 
     @property

@@ -7,6 +7,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccp_ext.errors import InputError
 
 
 @contextlib.contextmanager
@@ -35,6 +40,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def load_tensors(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU; only tensors and plain values are read.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way, at any byte
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise InputError(f"{os.fspath(path)} is not a readable PyTorch file: {reason}") from error
 
 
 def _umask() -> int:

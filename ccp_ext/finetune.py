@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 import os
-import pickle
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from ccp_ext.datasets.image_set import AUGMENTATIONS, ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, check_logits, evaluate, place, training_flags_kept
-from ccp_ext.files import atomic_path
+from ccp_ext.files import atomic_path, load_tensors
 
 SCHEDULES = ("cosine", "step")
 CHECKPOINT_FORMAT = "ccp_ext.finetune/1"
@@ -408,11 +407,7 @@ def _resume(path: str | os.PathLike[str] | None, identity: dict[str, Any], run: 
 
 
 def _read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"checkpoint {os.fspath(path)} cannot be read: {reason}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"checkpoint {os.fspath(path)} was not written by finetune")
     return content

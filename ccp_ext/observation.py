@@ -77,6 +77,7 @@ class Observer(Generic[Forward]):
         self._sources = _sources(model, taps, of_filter)
         self._anchor = torch.zeros((), requires_grad=True)
         self._forward: Forward | None = None
+        self._inside_forward = False
         self._seen: list[tuple[_Source, Tensor, int]] = []  # in this forward pass, with versions
         self._rerunning = False
         self._exit = contextlib.ExitStack()
@@ -88,8 +89,9 @@ class Observer(Generic[Forward]):
                 _freeze_parameters(self.model, stack)
             handles = [
                 self.model.register_forward_pre_hook(self._before_forward),
-                self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+                *(m.register_forward_hook(self._connect) for m in _with_parameters(self.model)),
                 *(self._hook(source) for source in self._sources),
+                self.model.register_forward_hook(self._after_forward, with_kwargs=True),
             ]
             for handle in handles:
                 stack.callback(handle.remove)
@@ -98,12 +100,13 @@ class Observer(Generic[Forward]):
 
     def __exit__(self, *exception: object) -> None:
         self._exit.close()
-        self._forward = None
+        self._forward, self._seen = None, []
 
     def _hook(self, source: _Source) -> RemovableHandle:
         if source.tap.port == "input":
             return source.module.register_forward_pre_hook(
-                lambda module, args: self._watch(source, args[0])
+                lambda module, args, kwargs: self._watch(source, _first(args, kwargs)),
+                with_kwargs=True,
             )
         return source.module.register_forward_hook(
             lambda module, args, output: self._watch(source, output)
@@ -121,7 +124,16 @@ class Observer(Generic[Forward]):
 
     def _start(self) -> None:
         self._forward = self._begin()
+        self._inside_forward = True
         self._seen = []
+
+    def _connect(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Let gradients reach back to the first layer with parameters, though these are frozen.
+
+        Whoever reads a tensor before it is observed must already see that it has a gradient.
+        """
+        if isinstance(output, Tensor) and _lacks_gradient(output):
+            _RequireGradient.apply(output, self._anchor)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Run the forward pass again, with copies, if the model overwrote what we must remember.
@@ -129,7 +141,7 @@ class Observer(Generic[Forward]):
         That happens in the first batch only: from then on these tensors are copied when seen.
         """
         overwritten = [source for source, tensor, v in self._seen if tensor._version != v]
-        self._seen = []
+        self._inside_forward, self._seen = False, []
         if not overwritten or self._rerunning:
             return None
         for source in overwritten:
@@ -139,7 +151,7 @@ class Observer(Generic[Forward]):
             self._start()
             return module.forward(*args, **kwargs)
         finally:
-            self._rerunning = False
+            self._rerunning = self._inside_forward = False
             self._seen = []
 
     def _watch(self, source: _Source, tensor: Tensor) -> None:
@@ -149,14 +161,23 @@ class Observer(Generic[Forward]):
             raise InputError(
                 f"collect: {source.name} must be a tensor, got {type(tensor).__name__}"
             )
-        if not tensor.requires_grad:
+        # Activation checkpointing runs parts of the model again, in the backward pass.
+        if not self._inside_forward and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                f"collect: module {source.tap.module!r} was called by itself; call the whole "
+                "model, so that the samples of one batch are known to belong together"
+            )
+        if _lacks_gradient(tensor):
+            if source.tap.port == "input":
+                raise InputError(
+                    f"collect: {source.name} cannot be observed, since no layer made it; observe "
+                    "the output of a module"
+                )
             _RequireGradient.apply(tensor, self._anchor)
-        if self._forward is None:  # a part of the model was called by itself
-            self._start()
         values = tensor.detach()
         if source.copy:
             values = values.clone()
-        else:
+        elif self._inside_forward:
             self._seen.append((source, values, values._version))
         # `values` shares the version counter, so a change in place shows when the gradient comes.
         tensor.register_hook(partial(self._receive, source, self._forward, values, values._version))
@@ -166,8 +187,7 @@ class Observer(Generic[Forward]):
     ) -> None:
         if values._version != version:
             raise RuntimeError(
-                f"collect: {source.name} was changed in place after it was observed; call the "
-                "whole model, not its parts"
+                f"collect: {source.name} was changed in place after the model's forward pass"
             )
         a = source.derivatives(values, gradient)
         for group, index in source.readers:
@@ -209,6 +229,22 @@ def _sources(model: nn.Module, taps: Mapping[str, Sequence[Tap]], of_filter: boo
             index = None if tap.index is None else torch.tensor(tap.index)
             found[key].readers.append((group, index))
     return list(found.values())
+
+
+def _with_parameters(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parameters of their own; a parametrized weight belongs to its layer."""
+    for module in model.modules():
+        if module._parameters or nn.utils.parametrize.is_parametrized(module):
+            yield module
+
+
+def _lacks_gradient(tensor: Tensor) -> bool:
+    differentiable = tensor.is_floating_point() and torch.is_grad_enabled()
+    return differentiable and not tensor.requires_grad
+
+
+def _first(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _has_biased_filter(module: nn.Module) -> bool:

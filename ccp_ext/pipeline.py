@@ -7,10 +7,11 @@ model + data -> graph -> allocation -> statistics -> selection -> plan -> surger
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ccp_ext.planning import make_plan
 from ccp_ext.statistics import Statistics, collect
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
+COLUMNS = ("stage", "accuracy %", "loss", "MACs", "parameters", "latency ms")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         self.budget()
-        for name, low in (("images", 1), ("batch_size", 1), ("reestimate_images", 0)):
-            if getattr(self, name) < low:
+        for name, low in (("images", 1), ("batch_size", 1), ("reestimate_images", 0), ("seed", 0)):
+            if not low <= getattr(self, name) < 2**63 - 1:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
@@ -113,9 +115,16 @@ def run(
     example = train.normalise(train.images[:1]).to(device)
     graph = in_scope(trace(model, example), settings.scope)
     allocation.allocate(graph, **settings.budget(), multiple=settings.multiple)
+    if (needed := criterion.statistics()) is not None:
+        collect(model, graph, **needed)  # finds bad options; nothing is observed yet
 
-    folder = RunFolder(output, settings)
-    finished = folder.read("report.json")
+    contents = {
+        "content of model": graph.fingerprint,
+        "content of weights": _digest(*model.state_dict().values()),
+        "content of data": _digest(*(t for s in (train, test) for t in (s.images, s.labels))),
+    }
+    folder = RunFolder(output, {**_plain(settings), **contents})
+    finished = folder.read("report.json", dict)
     if finished is not None:
         say(f"{folder.path} already holds this run's result")
         return finished
@@ -222,19 +231,19 @@ def in_scope(graph: ChannelGraph, scope: str) -> ChannelGraph:
 
 
 class RunFolder:
-    """The files of one run; made for one set of settings, refused for another.
+    """The files of one run; made for one set of settings and inputs, refused for another.
 
     Raises:
-        InputError: the folder holds a run with other settings (the first that differs is named),
-            or cannot be written.
+        InputError: the folder holds a run with other settings or inputs (the first that differs
+            is named), or a damaged file, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: PruneSettings) -> None:
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        mine = json.loads(json.dumps(_plain(settings)))
+        mine = json.loads(json.dumps(settings))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            theirs = self.read("settings.json")
+            theirs = self.read("settings.json", dict)
             if theirs is None:
                 self.write("settings.json", mine)
         except OSError as error:
@@ -246,22 +255,25 @@ class RunFolder:
                 f"{mine.get(name)!r}; choose another folder or remove this one"
             )
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, kind: type) -> Any:
         """The content of a JSON file, or None if there is none."""
         file = self.path / name
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is not valid JSON: {error}") from error
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not readable JSON: {error}") from error
+        if not isinstance(content, kind):
+            raise InputError(f"{file} is damaged; remove it or choose another folder")
+        return content
 
     def write(self, name: str, content: Any) -> None:
         files.write_text(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def plan(self) -> PruningPlan | None:
         file = self.path / "plan.json"
-        return PruningPlan.load(file) if file.is_file() else None
+        return PruningPlan.load(file) if file.exists() else None
 
     def remove(self, *names: str) -> None:
         for name in names:
@@ -280,21 +292,25 @@ class _Recorder:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.rows: list[dict[str, Any]] = self.folder.read("stages.json") or []
+        self.rows: list[dict[str, Any]] = self.folder.read("stages.json", list) or []
+        if not all(isinstance(row, dict) and tuple(row) == COLUMNS for row in self.rows):
+            raise InputError(
+                f"{self.folder.path / 'stages.json'} is damaged; remove it or choose another folder"
+            )
 
     def record(self, stage: str, model: nn.Module) -> None:
         if any(row["stage"] == stage for row in self.rows):
             return
         result = evaluate(model, self.test, batch_size=self.batch_size, progress=self.progress)
-        row = {
-            "stage": stage,
-            "accuracy %": result.accuracy,
-            "loss": result.loss,
-            "MACs": measure.macs(model, self.example),
-            "parameters": measure.parameters(model),
-            "latency ms": measure.latency(model, self.example).median,
-        }
-        self.rows.append(row)
+        values = (
+            stage,
+            result.accuracy,
+            result.loss,
+            measure.macs(model, self.example),
+            measure.parameters(model),
+            measure.latency(model, self.example).median,
+        )
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.folder.write("stages.json", self.rows)
         self.say(f"{stage}: test accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
 
@@ -307,11 +323,16 @@ def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
 
 def _resume_statistics(stats: Statistics, checkpoint: Path | None) -> int:
     """Load the sums so far; returns the number of batches they hold."""
-    if checkpoint is None or not checkpoint.is_file():
+    if checkpoint is None or not checkpoint.exists():
         return 0
-    state = torch.load(checkpoint, weights_only=True)
-    stats.load_state_dict(state["statistics"])
-    return state["batches"]
+    state = files.load_tensors(checkpoint)
+    try:
+        stats.load_state_dict(state["statistics"])
+        return state["batches"]
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint} is damaged or of another run ({error}); remove it to start anew"
+        ) from error
 
 
 def _save_statistics(stats: Statistics, checkpoint: Path | None, batches: int) -> None:
@@ -327,6 +348,14 @@ def _require_finite(total_loss: torch.Tensor, images: int) -> None:
             f"statistics: the loss is {total_loss.item()} within the first {images} images; check "
             "the weights, the data and their normalisation"
         )
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of the values, by which a file that changed under its name is known."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _plain(settings: PruneSettings) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class GroupStatistics:
     """Sums over the samples seen so far for one group of C channels, and the means they give."""
 
     first_order: bool
+    channels: int | None = None  # None until a tensor was seen
     count: int = 0
     gram_sum: Tensor | None = None  # [C, C]
     gradient_sum: Tensor | None = None  # [C]
@@ -90,14 +91,12 @@ class GroupStatistics:
         if backward_pass.first_order and self.first_order:
             self.gradient_sum += a.sum(0)
             self.absolute_sum += a.abs().sum(0)
-        if backward_pass.counts:
-            self.count += len(a)
 
     def _allocate(self, like: Tensor) -> None:
-        channels = like.shape[-1]
-        self.gram_sum = like.new_zeros(channels, channels)
-        self.gradient_sum = like.new_zeros(channels)
-        self.absolute_sum = like.new_zeros(channels)
+        self.channels = like.shape[-1]
+        self.gram_sum = like.new_zeros(self.channels, self.channels)
+        self.gradient_sum = like.new_zeros(self.channels)
+        self.absolute_sum = like.new_zeros(self.channels)
 
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gram_sum, self.gradient_sum, self.absolute_sum
@@ -128,13 +127,18 @@ class Statistics(Mapping):
         curvature: Curvature,
         seed: int,
         parameter_gradients: bool,
+        channels: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
         self.site = site
         self.curvature = curvature
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._groups = {name: GroupStatistics(curvature.first_order) for name in taps}
+        self._groups = {
+            name: GroupStatistics(curvature.first_order, (channels or {}).get(name))
+            for name in taps
+        }
+        self._incomplete = False  # a backward pass failed when part of its batch was added
         self._pass: _Pass | None = None  # of the forward pass now running, or the last one
         self._waiting: list[_Pass] = []  # passes with derivatives not yet in the sums
         self._observer = Observer(
@@ -152,8 +156,9 @@ class Statistics(Mapping):
 
     def __exit__(self, *exception: object) -> None:
         self._observer.__exit__()
-        if exception[0] is None:
+        if exception[0] is None and not self._incomplete:
             self._flush()
+        self._waiting = []
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -200,13 +205,29 @@ class Statistics(Mapping):
             self._waiting.append(forward)
 
     def _flush(self, finished: bool = True) -> None:
-        """Add what the backward passes delivered to the sums."""
+        """Add what the backward passes delivered to the sums.
+
+        A sample counts for every group: one that its loss did not reach has derivative zero.
+        """
+        if self._incomplete:
+            raise RuntimeError(
+                "statistics: a backward pass failed after a part of its batch was added; collect "
+                "again, or go on from a state_dict"
+            )
         for forward in self._waiting:
             for name, a in forward.contributions.items():
                 self._groups[name]._add(a, forward.backward_pass)
+            if forward.backward_pass.counts:
+                self._count(next(iter(forward.contributions.values())))
             forward.contributions = {}
             forward.finished = finished
         self._waiting = []
+
+    def _count(self, a: Tensor) -> None:
+        for group in self._groups.values():
+            group.count += len(a)
+            if group.gram_sum is None and group.channels is not None:
+                group._allocate(a.new_zeros(1, group.channels))
 
     # --- the curvature's own backward ----------------------------------------------------------
 
@@ -237,20 +258,32 @@ class Statistics(Mapping):
             raise InputError(
                 f"stats.backward: outputs must be a tensor, got {type(outputs).__name__}"
             )
+        if not outputs.requires_grad:
+            raise InputError(
+                "stats.backward: outputs carry no gradient; hand on what the model returned, not "
+                "detached and not under no_grad"
+            )
         objective = BatchObjective(self.curvature, outputs.detach(), targets, self._generator)
         passes = list(objective.passes())
         for k, backward_pass in enumerate(passes):
             forward.backward_pass = backward_pass
             last = k + 1 == len(passes)
             seed = backward_pass.seed().to(outputs.dtype)
-            torch.autograd.backward(outputs, seed, retain_graph=not last)
+            try:
+                torch.autograd.backward(outputs, seed, retain_graph=not last)
+            except BaseException:
+                self._waiting, forward.finished = [], True
+                self._incomplete = k > 0
+                raise
             self._flush(finished=last)
         forward.finished = True
         return objective.loss
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed + rank)
         return self._generators[device]
 
     # --- combining -----------------------------------------------------------------------------
@@ -285,6 +318,8 @@ class Statistics(Mapping):
             seen = 0 if group.gram_sum is None else len(group.gram_sum)
             channels = torch.tensor([seen], device=parameter.device)
             reduce(channels, torch.distributed.ReduceOp.MAX)
+            if not channels:
+                continue
             if not seen:
                 group._allocate(parameter.new_zeros(1, int(channels), dtype=dtype))
             count = torch.tensor([group.count], device=parameter.device)
@@ -312,16 +347,18 @@ class Statistics(Mapping):
                 "Statistics.load_state_dict: the state belongs to other groups or settings: "
                 f"{state['settings']}, here {self.settings()}"
             )
-        self._waiting = []
+        self._waiting, self._incomplete = [], False
+        device = next(self.model.parameters()).device
         for name, saved in state["groups"].items():
             group = self._groups[name]
             group.count = saved["count"]
             if saved["sums"] is not None:
                 group.gram_sum, group.gradient_sum, group.absolute_sum = (
-                    t.clone() for t in saved["sums"]
+                    t.to(device, copy=True) for t in saved["sums"]
                 )
-        for device, generator in state["generators"].items():
-            self._generator(torch.device(device)).set_state(generator)
+        for kind, generator in state["generators"].items():
+            if kind == str(device):
+                self._generator(device).set_state(generator)
 
 
 def collect(
@@ -348,7 +385,8 @@ def collect(
 
     Inside the block every BatchNorm is in eval mode (batch statistics would mix the samples, and
     under them the loss does not depend on the scale of a filter), and parameters do not require
-    gradients, which spares their computation; both are put back afterwards. Autocast works: the
+    gradients, which spares their computation; both are put back afterwards. Dropout follows the
+    model's own mode. Autocast works: the
     statistics are float32 (float64 for a float64 model) whatever the activations are.
 
     Args:
@@ -375,7 +413,7 @@ def collect(
             curvature's row is the loss's gradient already.
         rows: labels or projections drawn per sample (for "sampled" and "logits").
         temperature: divides the logits before the softmax of "sampled".
-        seed: of the labels and projections drawn.
+        seed: of the labels and projections drawn; under torch.distributed the rank is added.
         parameter_gradients: leave parameters as they are, so that the user's backward pass fills
             ``.grad`` too (only with "empirical").
 
@@ -389,15 +427,21 @@ def collect(
             "collect: parameter_gradients=True needs curvature='empirical', "
             f"got curvature={curvature!r}, whose backward passes are not the loss's"
         )
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"collect: seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    taps = _resolve_taps(graph, site)
+    if not taps:
+        raise InputError("collect: the graph has no groups, so there is nothing to observe")
     # The empirical row is the loss's gradient, so u comes with it at no cost.
     first_order = first_order or curvature == "empirical"
     return Statistics(
         model,
-        _resolve_taps(graph, site),
+        taps,
         site=site,
         curvature=Curvature(curvature, loss, first_order, rows, temperature),
         seed=seed,
         parameter_gradients=parameter_gradients,
+        channels={} if isinstance(graph, Mapping) else {g.name: g.channels for g in graph.groups},
     )
 
 

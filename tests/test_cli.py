@@ -151,6 +151,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(
 
 
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, capsys):
+    (tmp_path / "text.pt").write_text("plain text")
     (tmp_path / "broken.th").write_bytes(b"not a checkpoint")
     torch.save(models.create("resnet20").state_dict(), tmp_path / "other.th")
     poisoned = models.create("resnet8").state_dict()
@@ -162,8 +163,15 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
         np.savez(tmp_path / "labels.npz", **{**arrays, "train_labels": labels})
     cases = [
         ({"weights": "missing.th"}, "weights 'missing.th': no such file"),
-        ({"weights": tmp_path / "broken.th"}, "not a readable PyTorch checkpoint"),
+        ({"weights": tmp_path / "broken.th"}, "not a readable PyTorch file"),
         ({"weights": tmp_path / "other.th"}, "do not fit"),
+        ({"weights": tmp_path / "nan.th"}, "linear.weight is not finite"),
+        ({"weights": tmp_path / "text.pt"}, "not a readable PyTorch file"),
+        ({"model": "builtins:dict"}, "must return a torch.nn.Module, got dict"),
+        ({"model": "builtins:range"}, "constructor fails"),
+        ({"rows": 0}, "rows must be a positive integer, got 0"),
+        ({"temperature": "nan"}, "temperature must be positive, got nan"),
+        ({"seed": 10**30}, "seed must be at least 0"),
         ({"data": "missing.npz"}, "'missing.npz' is unknown"),
         ({"data": tmp_path / "labels.npz"}, "hold -1"),
         ({"model": "resnet57"}, "resnet57"),
@@ -184,6 +192,54 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
     error = complaint(capsys, prune_command(inputs, tmp_path / "nan", weights=tmp_path / "nan.th"))
     assert "not finite" in error
     assert not (tmp_path / "nan" / "slim.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "[]"),
+        ("settings.json", "{"),
+        ("stages.json", '[{"stage": "plain"}]'),
+        ("plan.json", "{}"),
+        ("statistics.pt", "text"),
+        ("report.json", "[]"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused(name, content, inputs, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "gather", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main(prune_command(inputs, output)) == 130
+    capsys.readouterr()
+    (output / name).write_text(content)
+    assert name in complaint(capsys, prune_command(inputs, output))
+
+
+def test_a_run_whose_weights_changed_under_their_name_is_refused(inputs, tmp_path, capsys):
+    weights = tmp_path / "weights.th"
+    weights.write_bytes((inputs / "weights.th").read_bytes())
+    command = prune_command(inputs, tmp_path / "run", weights=weights, criterion="l1")
+    assert cli.main(command) == 0
+    state = torch.load(weights, weights_only=True)
+    state["state_dict"]["module.linear.bias"] += 1
+    torch.save(state, weights)
+    capsys.readouterr()
+    assert "holds a run with content of weights=" in complaint(capsys, command)
+
+
+def test_only_training_images_decide(inputs, tmp_path, monkeypatch):
+    """Statistics, re-estimation and fine-tuning see the same whatever the test images are."""
+    with np.load(inputs / "data.npz") as arrays:
+        blank = {**arrays, "test_images": np.zeros_like(arrays["test_images"])}
+    np.savez(tmp_path / "data.npz", **blank)
+    models_made = []
+    for data in (inputs / "data.npz", tmp_path / "data.npz"):
+        output = tmp_path / f"run{len(models_made)}"
+        assert cli.main(prune_command(inputs, output, data=data, epochs=1)) == 0
+        with safe_open(output / "slim.safetensors", "pt") as file:
+            models_made.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    first, second = models_made
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_loss_that_is_not_finite_stops_the_statistics(inputs, monkeypatch):

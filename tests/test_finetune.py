@@ -388,10 +388,10 @@ def test_a_broken_or_foreign_checkpoint_is_refused(finished):
         finetune(network(), bright_or_dark(), **SETTINGS, checkpoint=finished, progress=False)
 
     finished.write_bytes(finished.read_bytes()[:3000])
-    with pytest.raises(InputError, match=r"run\.pt cannot be read"):
+    with pytest.raises(InputError, match=r"run\.pt is not a readable PyTorch file"):
         attempt()
     finished.write_bytes(b"")
-    with pytest.raises(InputError, match=r"run\.pt cannot be read"):
+    with pytest.raises(InputError, match=r"run\.pt is not a readable PyTorch file"):
         attempt()
     torch.save({"weights": torch.zeros(2)}, finished)
     with pytest.raises(InputError, match="was not written by finetune"):

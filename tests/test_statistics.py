@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ccp_ext import collect
 from ccp_ext.errors import InputError
@@ -290,14 +291,81 @@ def test_in_place_operators_change_nothing(activation, frozen):
         assert relative_error(stats[1][name].S, stats[0][name].S) < 1e-12
 
 
-def test_changing_an_observed_tensor_outside_the_models_forward_is_an_error():
-    net, (x, y) = small_net(), batch()
+def test_the_parts_of_a_model_cannot_be_called_by_themselves():
+    net, (x, _) = small_net(), batch()
     with (
         collect(net, {"g": "bn1"}, curvature="empirical"),
-        pytest.raises(RuntimeError, match="'bn1' was changed in place"),
+        pytest.raises(
+            RuntimeError, match="module 'bn1' was called by itself; call the whole model"
+        ),
     ):
-        z = net.bn1(net.conv1(x)).relu_()
-        F.cross_entropy(net.head(z.mean((2, 3))), y, reduction="sum").backward()
+        net.bn1(net.conv1(x))
+
+
+def test_an_observed_tensor_changed_after_the_forward_pass_is_an_error():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(2, 5, 3), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.body(x)
+            return self.head((self.kept * 1).mean((2, 3)))
+
+    net, (x, y) = Keeps().double(), batch()
+    with collect(net, {"g": "body"}, curvature="empirical") as stats:
+        outputs = net(x)
+        net.kept.detach().zero_()
+        with pytest.raises(RuntimeError, match="'body' was changed in place after"):
+            stats.backward(outputs, y)
+
+
+class FunctionalStem(nn.Module):
+    """The observed tensor is read by a shortcut before the module that carries the tap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 5, 3, padding=1)
+        self.conv2 = nn.Conv2d(5, 5, 3, padding=1)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.conv1(x))
+        shortcut = h * 0.5
+        return self.head(F.relu(self.conv2(input=h) + shortcut).mean((2, 3)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_reads_before_the_observation_count_too(frozen):
+    torch.manual_seed(5)
+    net, (x, y) = FunctionalStem().double(), batch()
+    net.requires_grad_(not frozen)
+    h = F.relu(net.conv1(x)).detach().requires_grad_()
+    z = net.head(F.relu(net.conv2(h) + h * 0.5).mean((2, 3)))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), h)
+    a = (h * gradient).sum((2, 3)).detach()
+    taps = {"g": Tap("conv2", port="input")}
+    stats = statistics_of(net, taps, [(x, y)], curvature="empirical")
+    assert relative_error(stats["g"].S, a.T @ a / len(x)) < 1e-12
+    assert relative_error(stats["g"].u, a.mean(0)) < 1e-12
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(use_reentrant):
+    class Checkpointed(FunctionalStem):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.conv1(x))
+            h = checkpoint(lambda t: F.relu(self.conv2(t)), h, use_reentrant=use_reentrant)
+            return self.head(h.mean((2, 3)))
+
+    torch.manual_seed(5)
+    net, (x, y) = Checkpointed().double(), batch()
+    stats = statistics_of(net, {"g": "conv2"}, [(x, y), (x, y)], curvature="empirical")["g"]
+    z = net.conv2(F.relu(net.conv1(x))).detach().requires_grad_()
+    loss = F.cross_entropy(net.head(F.relu(z).mean((2, 3))), y, reduction="sum")
+    a = (z * torch.autograd.grad(loss, z)[0]).sum((2, 3)).detach()
+    assert stats.count == 2 * len(x)
+    assert relative_error(stats.S, a.T @ a / len(x)) < 1e-12
 
 
 def test_autocast_keeps_float32_statistics():
@@ -339,6 +407,66 @@ def test_every_curvature_counts_each_sample_once(curvature):
     data = [(x, F.one_hot(y, CLASSES).double()) for x, y in (batch(5), batch(2, seed=5))]
     stats = statistics_of(net, {"g": "act1"}, data, curvature=curvature, rows=3)
     assert stats["g"].count == 7
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 5, 3)
+        self.first, self.second = nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 1)
+        self.use_second = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        z = self.first(h).mean((2, 3))
+        return z + self.second(h).mean((2, 3)) if self.use_second else z
+
+
+def test_a_sample_whose_loss_does_not_reach_a_group_counts_with_derivative_zero():
+    torch.manual_seed(0)
+    net, (x, y) = TwoHeads().double(), batch(8)
+    taps = {"first": "first", "second": "second"}
+    with collect(net, taps, curvature="empirical") as stats:
+        stats.backward(net(x), y)
+        S = stats["second"].S
+        net.use_second = False
+        stats.backward(net(x), y)
+    assert stats["first"].count == stats["second"].count == 16
+    assert torch.allclose(stats["second"].S, S / 2)
+
+
+def test_a_failed_backward_pass_never_leaves_half_a_batch():
+    net, (x, y) = small_net(), batch()
+
+    def failing(gradient):
+        raise MemoryError
+
+    with collect(net, {"g": "act1"}) as stats:  # two passes a batch: u, then S
+        stats.backward(net(x), y)
+        S = stats["g"].S
+        outputs = net(x)
+        outputs.register_hook(failing)
+        with pytest.raises(MemoryError):
+            stats.backward(outputs, y)
+        assert torch.equal(stats["g"].S, S) and stats["g"].count == len(x)
+        outputs, calls = net(x), []
+        outputs.register_hook(lambda g: failing(g) if calls else calls.append(1))
+        with pytest.raises(MemoryError):
+            stats.backward(outputs, y)
+        with pytest.raises(RuntimeError, match="collect again"):
+            stats["g"].S  # noqa: B018
+
+
+def test_temperature_softens_the_labels_drawn_and_scales_their_gradient():
+    net, (x, y) = small_net(), batch(4)
+    T = 4.0
+    jacobian = gate_jacobian(net, x, ["act1"], lambda z: (z / T).log_softmax(1))
+    f = (net(x) / T).softmax(1).detach()
+    expected = torch.einsum("nki,nk,nkj->ij", jacobian, f, jacobian) / len(x)
+    stats = statistics_of(
+        net, {"g": "act1"}, [(x, y)], curvature="sampled", temperature=T, rows=1500
+    )
+    assert relative_error(stats["g"].S, expected) < 0.06
 
 
 def test_merged_collectors_equal_one():
@@ -530,6 +658,8 @@ def test_a_gpu_collects_what_the_cpu_collects(cuda, channels_last):
         ({"loss": "mse"}, "loss must be one of .*; got 'mse'"),
         ({"rows": 0}, "rows must be a positive integer, got 0"),
         ({"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ({"temperature": "a"}, "temperature must be positive, got 'a'"),
+        ({"seed": 2**70}, "seed must be an integer from 0"),
         ({"parameter_gradients": True}, "needs curvature='empirical', got curvature='logits'"),
     ],
 )
@@ -547,7 +677,16 @@ def test_bad_input_is_named():
         collect(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), {"g": "0"}),
     ):
         pass
+    with pytest.raises(InputError, match="nothing to observe"):
+        collect(net, {})
+    with (
+        collect(net, {"g": Tap("conv1", port="input")}),
+        pytest.raises(InputError, match="no layer made it"),
+    ):
+        net(x)
     with collect(net, {"g": "act1"}) as stats:
+        with pytest.raises(InputError, match="outputs carry no gradient"):
+            stats.backward(net(x).detach(), y)
         for targets, message in [
             (y + CLASSES, r"targets must lie in 0\.\.3, got \d"),
             (y - 100, r"targets must lie in 0\.\.3, got -"),

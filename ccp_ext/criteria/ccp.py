@@ -24,8 +24,8 @@ class _SecondOrder(Criterion):
         return {
             "site": options.site or self.site,
             "curvature": options.curvature or self.curvature,
-            "rows": options.rows or 1,
-            "temperature": options.temperature or 1.0,
+            "rows": 1 if options.rows is None else options.rows,
+            "temperature": 1.0 if options.temperature is None else options.temperature,
             "first_order": self._uses_first_order(),
             "seed": options.seed,
         }
