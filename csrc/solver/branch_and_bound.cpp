@@ -216,14 +216,15 @@ class Search {
         --ones;
       }
     }
-    const Index position = branching_position(core_.problem, free, x);
-    std::swap(free[position], free.back());
-    std::swap(x[position], x.back());
+    Branching branching = choose_branching(core_.problem, free, x);
+    std::swap(free[branching.position], free.back());
+    std::swap(x[branching.position], x.back());
+    std::swap(branching.response[branching.position], branching.response.back());
     const double constant = objective(core_.problem, fixed);
     Relaxation relaxation = restrict(core_.problem, free, fixed, ones, storage_);
     const Index last = --relaxation.size;
     const double likelier = x[last] >= 0.5 ? 1 : 0;
-    x.pop_back();
+    std::vector<double> start(last);
     const std::vector<double> linear = relaxation.linear;
     for (double value : {likelier, 1 - likelier}) {
       relaxation.ones = ones - static_cast<Index>(value);
@@ -235,9 +236,12 @@ class Search {
         for (Index k = 0; k < last; ++k) relaxation.linear[k] += row[k];
         offset += linear[last] + 0.5 * row[last];
       }
+      for (Index k = 0; k < last; ++k) {
+        start[k] = std::clamp(x[k] + (value - x[last]) * branching.response[k], 0.0, 1.0);
+      }
       std::vector<char> state = node.state;
       state[free[last]] = static_cast<char>(value);
-      visit(relaxation, offset, x, free, node.bound, std::move(state));
+      visit(relaxation, offset, start, free, node.bound, std::move(state));
       if (interrupted_) return;
     }
   }

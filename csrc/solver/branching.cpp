@@ -37,41 +37,65 @@ std::vector<double> inverse_factor(const Problem& problem, const std::vector<Ind
   return inverse;
 }
 
-// The diagonal of the inverse of S on the face and on sum d = 0.
-std::vector<double> inverse_diagonal(const Problem& problem, const std::vector<Index>& face) {
-  const Index size = static_cast<Index>(face.size());
-  const std::vector<double> inverse = inverse_factor(problem, face);
-  std::vector<double> diagonal(size), ones(size);
-  double total = 0;
-  for (Index i = 0; i < size; ++i) {
-    const double* row = &inverse[i * size];
-    double sum = 0;
-    for (Index k = 0; k <= i; ++k) sum += row[k];
-    for (Index k = 0; k <= i; ++k) {
-      diagonal[k] += row[k] * row[k];
-      ones[k] += row[k] * sum;
+// The inverse of S on the face and on sum d = 0: for K = S on the face, K^-1 less its projection.
+class FaceInverse {
+ public:
+  FaceInverse(const Problem& problem, const std::vector<Index>& face)
+      : size_(static_cast<Index>(face.size())),
+        factor_(inverse_factor(problem, face)),
+        diagonal_(size_),
+        row_sum_(size_) {
+    for (Index k = 0; k < size_; ++k) {
+      const double* row = &factor_[k * size_];
+      double sum = 0;
+      for (Index i = 0; i <= k; ++i) sum += row[i];
+      for (Index i = 0; i <= k; ++i) {
+        diagonal_[i] += row[i] * row[i];
+        row_sum_[i] += row[i] * sum;
+      }
+      total_ += sum * sum;
     }
-    total += sum * sum;
+    for (Index i = 0; i < size_; ++i) {
+      diagonal_[i] = std::max(diagonal_[i] - row_sum_[i] * row_sum_[i] / total_, 1e-300);
+    }
   }
-  for (Index i = 0; i < size; ++i) diagonal[i] -= ones[i] * ones[i] / total;
-  return diagonal;
-}
+
+  double diagonal(Index i) const { return diagonal_[i]; }
+
+  std::vector<double> column(Index i) const {
+    std::vector<double> result(size_);
+    for (Index k = i; k < size_; ++k) {
+      const double* row = &factor_[k * size_];
+      for (Index j = 0; j <= k; ++j) result[j] += row[i] * row[j];
+    }
+    for (Index j = 0; j < size_; ++j) result[j] -= row_sum_[i] * row_sum_[j] / total_;
+    return result;
+  }
+
+ private:
+  Index size_;
+  std::vector<double> factor_;  // L^-1 for K = L L'
+  std::vector<double> diagonal_;
+  std::vector<double> row_sum_;  // of K^-1
+  double total_ = 0;             // of K^-1
+};
 
 }  // namespace
 
-Index branching_position(const Problem& problem, const std::vector<Index>& free,
-                         const std::vector<double>& x) {
+Branching choose_branching(const Problem& problem, const std::vector<Index>& free,
+                           const std::vector<double>& x) {
   const auto centrality = [&](Index k) { return std::min(x[k], 1 - x[k]); };
+  const Index size = static_cast<Index>(free.size());
   std::vector<Index> candidates;
-  for (Index k = 0; k < static_cast<Index>(free.size()); ++k) {
+  for (Index k = 0; k < size; ++k) {
     if (centrality(k) > kIntegral) candidates.push_back(k);
   }
+  Branching branching{0, std::vector<double>(size)};
   if (candidates.size() < 2) {
-    Index most = 0;
-    for (Index k = 1; k < static_cast<Index>(free.size()); ++k) {
-      if (centrality(k) > centrality(most)) most = k;
+    for (Index k = 1; k < size; ++k) {
+      if (centrality(k) > centrality(branching.position)) branching.position = k;
     }
-    return most;
+    return branching;
   }
   if (static_cast<Index>(candidates.size()) > kLargestFace) {
     std::stable_sort(candidates.begin(), candidates.end(),
@@ -80,18 +104,23 @@ Index branching_position(const Problem& problem, const std::vector<Index>& free,
   }
   std::vector<Index> face;
   for (Index k : candidates) face.push_back(free[k]);
-  const std::vector<double> inverse = inverse_diagonal(problem, face);
-  Index best = candidates[0];
+  const FaceInverse inverse(problem, face);
+  Index best = 0;
   double best_score = -1;
-  for (std::size_t k = 0; k < candidates.size(); ++k) {
+  for (Index k = 0; k < static_cast<Index>(face.size()); ++k) {
     const double value = x[candidates[k]];
-    const double both = value * (1 - value) / std::max(inverse[k], 1e-300);
-    if (both > best_score) {
-      best_score = both;
-      best = candidates[k];
+    const double score = value * (1 - value) / inverse.diagonal(k);
+    if (score > best_score) {
+      best_score = score;
+      best = k;
     }
   }
-  return best;
+  const std::vector<double> column = inverse.column(best);
+  for (std::size_t k = 0; k < face.size(); ++k) {
+    branching.response[candidates[k]] = column[k] / inverse.diagonal(best);
+  }
+  branching.position = candidates[best];
+  return branching;
 }
 
 }  // namespace ccp::solver
