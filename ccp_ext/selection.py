@@ -28,8 +28,10 @@ METHODS = ("auto", "exact", "branch_and_bound", "greedy", "swap")
 # Enumerating this many subsets takes some milliseconds.
 _MAX_ENUMERATED = 200_000
 
-# Up to this size the least eigenvalue costs little beside the search.
-_MAX_EIGENVALUES = 512
+# Up to this size some factorisations cost little beside the search.
+_MAX_INVERTED = 512
+_BISECTIONS = 7
+_SMALLEST_SCALE = 1e-100  # beside entries of about 1: F may be zero
 
 _LARGEST_SUM = 1e300
 _NO_LIMIT = 2**63 - 1
@@ -179,10 +181,9 @@ def _branch_and_bound(
     bound = min(bound, objective)
     if not complete:
         bound = max(bound, min(objective, _solver.lower_bound(quadratic, linear, count)))
+    status = "gap" if complete else "heuristic"
     if objective - bound <= 2 * rounding:
         status = "optimal"
-    else:
-        status = "gap" if complete else "heuristic"
     objective, bound = (float(np.ldexp(value, exponent)) for value in (objective, bound))
     return Choice(torch.from_numpy(mask), objective, bound, status, "branch_and_bound")
 
@@ -192,34 +193,48 @@ def _exponent(values: np.ndarray) -> int:
 
 
 def _convexified(quadratic: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """A cost that is equal on masks and convex but for rounding: S + d 1, u + d/2, and a ``defect``
-    such that no eigenvalue of the new S is below ``-defect``.
+    """A cost that is equal on masks and convex but for rounding: S + diag(d) and u + d/2, with a
+    ``defect`` such that no eigenvalue of the new S is below ``-defect``.
 
-    A Cholesky factorisation that runs to its end proves the defect (S. M. Rump, "Verification of
-    positive definiteness", BIT 46, 2006). The least such d gives the best relaxation: negative
-    where F is definite.
+    The less is added, the better the relaxation (A. Billionnet and S. Elloumi, "Using a mixed
+    integer quadratic programming solver for the unconstrained quadratic 0-1 problem", 2007). S is
+    lowered where it is definite: -d = t / diag(S^-1), with the largest t of a few bisections. A
+    Cholesky factorisation that runs to its end proves the defect (S. M. Rump, "Verification of
+    positive definiteness", 2006).
     """
     channels = len(linear)
-    scale = max(np.trace(np.abs(quadratic)), np.finfo(np.float64).tiny)
+    scale = np.trace(np.abs(quadratic)) + _SMALLEST_SCALE
     rounding = 2 * (channels + 2) * np.finfo(np.float64).eps
 
-    def factorises(shift: float) -> bool:
+    def shifted(shift: np.ndarray | float) -> np.ndarray:
+        return quadratic + np.diag(np.broadcast_to(shift, channels))
+
+    def factorises(shift: np.ndarray | float) -> bool:
         try:
-            np.linalg.cholesky(quadratic + shift * np.eye(channels))
+            np.linalg.cholesky(shifted(shift))
         except np.linalg.LinAlgError:
             return False
         return True
 
-    shift = 2 * rounding * scale
-    if channels <= _MAX_EIGENVALUES or not factorises(shift):
-        least = np.linalg.eigvalsh(quadratic)[0] if channels else 0.0
-        margin = rounding * (scale + channels * abs(least))
-        shift = margin - least
-        while not factorises(shift):
-            margin *= 2
-            shift = margin - least
-    convex = quadratic + shift * np.eye(channels)
-    return convex, linear + 0.5 * shift, rounding * np.trace(convex)
+    ridge = 2 * rounding * scale
+    shift = np.full(channels, ridge)
+    if not factorises(ridge):
+        least = np.linalg.eigvalsh(quadratic)[0]
+        while not factorises(ridge - least):
+            ridge *= 2
+        shift[:] = ridge - least
+    elif channels <= _MAX_INVERTED:
+        alone = 1 / np.abs(np.diagonal(np.linalg.inv(shifted(ridge))))
+        proven, failed = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (proven + failed)
+            if factorises(ridge - middle * alone):
+                proven = middle
+            else:
+                failed = middle
+        shift = ridge - proven * alone
+    convex = shifted(shift)
+    return convex, linear + 0.5 * shift, rounding * np.trace(np.abs(convex))
 
 
 def random_subset(channels: int, r: int, seed: int = 0) -> Tensor:

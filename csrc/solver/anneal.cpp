@@ -31,8 +31,8 @@ class Annealing {
       const Index in = generator_.below(others_.size());
       const Index out = generator_.below(chosen_.size());
       const double rise = change(others_[in], chosen_[out]);
-      if (rise > 0 && (rise > kNever * temperature ||
-                       generator_.unit() >= std::exp(-rise / temperature))) {
+      if (rise > 0 &&
+          (rise > kNever * temperature || generator_.unit() >= std::exp(-rise / temperature))) {
         continue;
       }
       swap(in, out);

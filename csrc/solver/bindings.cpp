@@ -137,7 +137,6 @@ PYBIND11_MODULE(_solver, module) {
   module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
   module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
-             py::arg("gap"), py::arg("seed"),
-             "(mask, lower bound, complete, tolerance, nodes)");
+             py::arg("gap"), py::arg("seed"), "(mask, lower bound, complete, tolerance, nodes)");
   module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
 }

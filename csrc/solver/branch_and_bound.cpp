@@ -52,8 +52,7 @@ Core make_core(const Problem& problem, const std::vector<char>& state, Index r) 
       --core.ones;
     }
   }
-  const Relaxation inner =
-      restrict(problem, core.channels, core.fixed, core.ones, core.quadratic);
+  const Relaxation inner = restrict(problem, core.channels, core.fixed, core.ones, core.quadratic);
   core.problem = {inner.size, core.quadratic.data(), inner.linear, objective(problem, core.fixed)};
   for (double& value : core.problem.linear) value = -value;
   return core;
@@ -139,6 +138,11 @@ class Search {
     anneal_core();
     if (least_ < before) {
       core_ = make_core(problem_, reduced_cost_fixing(root.gradient, r_, cutoff() - bound_), r_);
+    }
+    if (core_.channels.empty()) {
+      if (core_.ones == 0) consider(core_.fixed);
+      bound_ = std::max(bound_, cutoff());
+      return;
     }
     Node first{bound_, 0, std::vector<char>(core_.problem.size, kFree), {}};
     for (Index i : core_.channels) first.x.push_back(static_cast<float>(root.x[i]));
@@ -257,9 +261,8 @@ class Search {
     }
     const double bound = std::max(inherited, offset + relaxed.bound - slack_);
     if (bound >= cutoff()) return;
-    const std::vector<char> decided =
-        reduced_cost_fixing(relaxed.gradient, relaxation.ones,
-                            cutoff() - (offset + relaxed.bound - slack_));
+    const std::vector<char> decided = reduced_cost_fixing(
+        relaxed.gradient, relaxation.ones, cutoff() - (offset + relaxed.bound - slack_));
     std::vector<float> kept(core_.problem.size);
     bool any_free = false;
     for (Index k = 0; k < relaxation.size; ++k) {

@@ -108,7 +108,7 @@ class PairwiseDescent {
   bool move(Index up, Index down, double amount) {
     const double raised = std::min(1.0, x_[up] + amount);
     const double lowered = std::max(0.0, x_[down] - amount);
-    if (raised == x_[up] || lowered == x_[down]) return false;
+    if (raised == x_[up] && lowered == x_[down]) return false;
     x_[up] = raised;
     x_[down] = lowered;
     double* gradient = gradient_.data();
@@ -137,12 +137,13 @@ class PairwiseDescent {
       value += 0.5 * x_[i] * (gradient_[i] + problem_.linear[i]);
     }
     const double open = value - bound;
-    return bound >= target.cutoff || open <= target.precision ||
-           open <= kHopeless * (target.cutoff - value);
+    const bool hopeless =
+        target.cutoff < kInfinity && open <= kHopeless * (target.cutoff - value);
+    return bound >= target.cutoff || open <= target.precision || hopeless;
   }
 
   static constexpr double kFlat = 1e-12;
-  static constexpr double kHopeless = 0.02;
+  static constexpr double kHopeless = 0.02;  // the bound cannot pass the value at x
 
   const Relaxation& problem_;
   std::vector<double> x_;

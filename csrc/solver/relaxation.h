@@ -20,7 +20,7 @@ struct Relaxation {
 };
 
 // When the descent may end: at a bound of `cutoff` or more, once the bound is known to the absolute
-// `precision`, once it is clear that no bound reaches the cutoff, or at once if `expired` says so.
+// `precision`, once it is clear that no bound reaches a finite cutoff, or if `expired` says so.
 struct Target {
   double cutoff;
   double precision;
