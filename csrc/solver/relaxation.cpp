@@ -137,8 +137,7 @@ class PairwiseDescent {
       value += 0.5 * x_[i] * (gradient_[i] + problem_.linear[i]);
     }
     const double open = value - bound;
-    const bool hopeless =
-        target.cutoff < kInfinity && open <= kHopeless * (target.cutoff - value);
+    const bool hopeless = target.cutoff < kInfinity && open <= kHopeless * (target.cutoff - value);
     return bound >= target.cutoff || open <= target.precision || hopeless;
   }
 
