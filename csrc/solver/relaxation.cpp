@@ -1,9 +1,12 @@
 #include "relaxation.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <utility>
+
+#include "face.h"
 
 namespace ccp::solver {
 namespace {
@@ -27,6 +30,7 @@ class PairwiseDescent {
       if (!moved || target.expired() || reached(target)) break;
       if ((steps_ += interval) >= 4 * problem_.size) sum_gradient();
       if (++rounds_ == kMaxRounds) break;
+      if (rounds_ % kFacePeriod == 0) minimise_on_face();
     }
     sum_gradient();
     const double bound = dual_value();
@@ -35,6 +39,8 @@ class PairwiseDescent {
 
  private:
   static constexpr Index kMaxRounds = 2000;
+  static constexpr Index kFacePeriod = 4;
+  static constexpr Index kLargestFace = 256;
 
   void sum_gradient() {
     gradient_ = problem_.linear;
@@ -97,6 +103,35 @@ class PairwiseDescent {
     const double room = std::min(1 - x_[up], x_[down]);
     const double newton = (gradient_[down] - least) / curvature(up, down, row);
     return move(up, down, newton < room ? newton : room);
+  }
+
+  // Pairs converge slowly where the fractional channels are nearly dependent: a Newton step over
+  // all of them at once, up to the edge of the box.
+  void minimise_on_face() {
+    std::vector<Index> face;
+    for (Index i = 0; i < problem_.size; ++i) {
+      if (x_[i] > 0 && x_[i] < 1) face.push_back(i);
+    }
+    const Index size = static_cast<Index>(face.size());
+    if (size < 2 || size > kLargestFace) return;
+    std::vector<double> slope;
+    for (Index i : face) slope.push_back(-gradient_[i]);
+    const FaceInverse inverse(problem_.quadratic, problem_.stride, face);
+    const std::vector<double> direction = inverse.times(slope);
+    double length = 1;
+    Index blocking = -1;
+    for (Index k = 0; k < size; ++k) {
+      const double room = direction[k] > 0 ? 1 - x_[face[k]] : x_[face[k]];
+      if (length * std::abs(direction[k]) > room) {
+        length = room / std::abs(direction[k]);
+        blocking = k;
+      }
+    }
+    for (Index k = 0; k < size; ++k) {
+      const double moved = x_[face[k]] + length * direction[k];
+      x_[face[k]] = k == blocking ? (direction[k] > 0 ? 1 : 0) : std::clamp(moved, 0.0, 1.0);
+    }
+    sum_gradient();
   }
 
   // Of the cost along the move; at least a little, because flat directions are allowed.
