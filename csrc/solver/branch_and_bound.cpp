@@ -18,7 +18,7 @@ struct Core {
   std::vector<double> quadratic;
   std::vector<Index> channels;  // of the whole problem
   Mask fixed;                   // the whole problem's mask with the core at 0
-  Problem problem;
+  Problem problem;              // points into `quadratic`, which keeps its place when moved
   Index ones;
 };
 
@@ -122,8 +122,6 @@ class Search {
   }
 
   Relaxed solve_root() {
-    std::vector<Index> all(problem_.size);
-    for (Index i = 0; i < problem_.size; ++i) all[i] = i;
     Relaxation whole{problem_.size, problem_.quadratic, problem_.size, problem_.linear, r_};
     for (double& value : whole.linear) value = -value;
     const std::vector<double> start(best_.begin(), best_.end());
