@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,160 @@ def test_heuristics_return_r_channels_and_a_bound_below_the_optimum(kind, method
             assert choice.objective == pytest.approx(expected, abs=brute.rounding)
 
 
+def dead_channels(rng, c):
+    S, u = low_rank(rng, c)
+    alive = rng.random(c) < 0.7
+    return S * np.outer(alive, alive), u * alive
+
+
+def definite(rng, c):
+    q = rng.normal(size=(2 * c, c))
+    return q.T @ q / c, rng.normal(size=c)
+
+
+def gram(rng, c):  # u in the range of S, as in selection: bounded below without a box
+    q = rng.normal(size=(2 * c, max(1, c // 2))) @ rng.normal(size=(max(1, c // 2), c))
+    return q.T @ q / len(q), q.mean(axis=0)
+
+
+CERTIFIED = (*KINDS, dead_channels, definite, gram)
+
+
+def certified_instances(kind):
+    rng = np.random.default_rng(CERTIFIED.index(kind))
+    for k in range(18):
+        yield kind(rng, 1 + k % 9)
+    if kind is not zero:  # all masks tie, and all would be visited
+        yield kind(rng, 14)
+
+
+def certify(S, u, r, **limits):
+    return select(S, u=u, r=r, method="branch_and_bound", **{"time_limit": math.inf, **limits})
+
+
+@pytest.mark.parametrize("kind", CERTIFIED)
+def test_branch_and_bound_proves_the_optimum_and_its_bound_is_never_above(kind):
+    for S, u in certified_instances(kind):
+        brute = BruteForce(S, u)
+        for r in range(len(u) + 1):
+            choice = certify(S, u, r)
+            assert (choice.status, choice.method) == ("optimal", "branch_and_bound")
+            assert choice.removed.sum() == r
+            assert choice.objective == pytest.approx(brute.least(r), abs=10 * brute.rounding)
+            assert choice.lower_bound <= brute.least(r)
+            assert 0 <= choice.gap <= 100 * brute.rounding + 1e-100
+
+
+STOPPED = (dict(time_limit=0), dict(time_limit=1e-5), dict(node_limit=0), dict(node_limit=2))
+
+
+@pytest.mark.parametrize("limits", STOPPED, ids=str)
+@pytest.mark.parametrize("kind", CERTIFIED)
+def test_a_stopped_search_has_a_valid_mask_and_a_bound_below_the_optimum(kind, limits):
+    for S, u in certified_instances(kind):
+        brute = BruteForce(S, u)
+        for r in range(len(u) + 1):
+            choice = certify(S, u, r, **limits)
+            assert choice.removed.sum() == r
+            assert choice.lower_bound <= brute.least(r) <= choice.objective + brute.rounding
+            optimal = choice.objective <= brute.least(r) + 10 * brute.rounding
+            assert optimal or choice.status == "heuristic"
+
+
+@pytest.mark.parametrize("allowed", [1e-3, 0.3, 3.0, math.inf])
+def test_a_search_with_a_gap_ends_within_it_and_says_so(allowed):
+    seen = set()
+    for S, u in certified_instances(gram):
+        brute = BruteForce(S, u)
+        for r in range(len(u) + 1):
+            choice = certify(S, u, r, gap=allowed)
+            seen.add(choice.status)
+            assert choice.lower_bound <= brute.least(r)
+            assert choice.gap <= allowed * (1 + 1e-9)
+            assert choice.objective <= brute.least(r) + allowed
+    assert seen == {"optimal", "gap"}
+
+
+@pytest.mark.parametrize("kind", [low_rank, definite, gram, dead_channels])
+def test_the_bound_of_the_root_is_the_value_of_the_convex_relaxation(kind):
+    piqp = pytest.importorskip("piqp", reason="piqp solves the same convex program independently")
+    rng = np.random.default_rng(CERTIFIED.index(kind))
+    compared = 0
+    for c in (5, 12, 20, 33, 50):
+        S, u = kind(rng, c)
+        for r in (1, c // 3, c // 2, c - 2):
+            bound = _solver.branch_and_bound(S, u, r, 0.0, math.inf, 0, 0.0, 0)[1]
+            oracle = piqp.DenseSolver()
+            oracle.settings.eps_abs = oracle.settings.eps_rel = 1e-10
+            oracle.setup(
+                S, -u, np.ones((1, c)), np.array([float(r)]), x_l=np.zeros(c), x_u=np.ones(c)
+            )
+            if oracle.solve() != piqp.PIQP_SOLVED:
+                continue
+            compared += 1
+            value = oracle.result.info.primal_obj
+            assert bound == pytest.approx(value, abs=1e-6 * max(1, abs(value)))
+            assert bound <= value + 1e-8 * max(1, abs(value))
+    assert compared >= 15
+
+
+@pytest.mark.parametrize("scale", [1e-307, 1e-200, 1e200, 1e295])
+def test_branch_and_bound_is_safe_at_every_scale(scale):
+    S, u = gram(np.random.default_rng(1), 12)
+    brute = BruteForce(S, u)
+    choice = certify(scale * S, scale * u, 6)
+    assert choice.status == "optimal"
+    assert choice.objective == pytest.approx(scale * brute.least(6), rel=1e-10)
+    assert choice.lower_bound <= choice.objective
+
+
+def test_a_single_precision_gram_matrix_is_certified_although_it_is_indefinite():
+    rng = np.random.default_rng(8)
+    q = rng.normal(size=(20, 6)) @ rng.normal(size=(6, 18))
+    F, u = (q.T @ q / 20).astype(np.float32), q.mean(axis=0)
+    assert np.linalg.eigvalsh(F.astype(np.float64))[0] < -1e-8
+    single, double = certify(F, u, 7), certify(q.T @ q / 20, u, 7)
+    assert single.status == double.status == "optimal"
+    assert single.objective == pytest.approx(double.objective, abs=1e-5)
+
+
+def test_an_optimum_found_before_the_limits_is_the_same_for_every_seed_and_limit():
+    S, u = gram(np.random.default_rng(4), 60)
+    first = select(S, u=u, r=25)
+    assert (first.status, first.method) == ("optimal", "branch_and_bound")
+    for options in (dict(seed=1), dict(time_limit=100), dict(node_limit=10**9), dict(seed=2**63)):
+        again = select(S, u=u, r=25, **options)
+        assert torch.equal(again.removed, first.removed)
+        assert again.objective == first.objective and again.status == "optimal"
+
+
+def test_a_search_that_a_node_limit_stops_gives_equal_bits_for_a_seed():
+    S, u = low_rank(np.random.default_rng(4), 120)
+    first, again = (certify(S, u, 50, node_limit=200, seed=3) for _ in range(2))
+    assert first.status == "heuristic"
+    assert torch.equal(again.removed, first.removed)
+    assert (again.objective, again.lower_bound) == (first.objective, first.lower_bound)
+
+
+def test_more_nodes_never_weaken_the_answer():
+    S, u = gram(np.random.default_rng(6), 120)
+    swap = select(S, u=u, r=60, method="swap")
+    choices = [certify(S, u, 60, node_limit=limit) for limit in (0, 10, 100, 1000)]
+    assert swap.lower_bound < choices[0].lower_bound
+    assert choices[0].objective <= swap.objective
+    for fewer, more in itertools.pairwise(choices):
+        assert more.lower_bound >= fewer.lower_bound and more.objective <= fewer.objective
+    assert choices[-1].gap < 0.7 * choices[0].gap
+
+
+def test_the_time_limit_is_kept():
+    S, u = low_rank(np.random.default_rng(4), 200)
+    begin = time.perf_counter()
+    choice = select(S, u=u, r=80, time_limit=0.1)
+    assert time.perf_counter() - begin < 3  # a shared machine; unlimited it would take ages
+    assert choice.status == "heuristic"
+
+
 @pytest.mark.parametrize("scale", [1e-310, 1e-200, 1.0, 1e200])
 def test_lower_bound_is_tight_for_a_diagonal_and_safe_at_every_scale(scale):
     rng = np.random.default_rng(0)
@@ -228,7 +384,7 @@ def test_scores_alone_are_sorted_and_ties_go_to_the_lowest_index():
 
 
 @pytest.mark.parametrize("r", [0, 1, 63, 64])
-@pytest.mark.parametrize("method", ["auto", *HEURISTICS])
+@pytest.mark.parametrize("method", ["auto", "branch_and_bound", *HEURISTICS])
 def test_extreme_counts_are_solved_to_the_optimum(method, r):
     S, u = indefinite(np.random.default_rng(r), 64)
     alone = 0.5 * np.diagonal(S) - u
@@ -287,11 +443,12 @@ def test_a_permutation_of_the_channels_permutes_the_choice(method):
     assert permuted.objective == pytest.approx(choice.objective, rel=1e-12)
 
 
-def test_equal_input_gives_equal_bits_for_every_seed():
+@pytest.mark.parametrize("method", HEURISTICS)
+def test_heuristics_give_equal_bits_for_every_seed(method):
     S, u = low_rank(np.random.default_rng(4), 120)
-    first = select(S, u=u, r=50)
+    first = select(S, u=u, r=50, method=method)
     for seed in (0, 0, 1):
-        again = select(S, u=u, r=50, seed=seed)
+        again = select(S, u=u, r=50, method=method, seed=seed)
         assert torch.equal(again.removed, first.removed)
         assert (again.objective, again.lower_bound) == (first.objective, first.lower_bound)
 
@@ -316,7 +473,7 @@ def gap_percent(choice, name):
     return 100 * (choice.objective - best) / (mean - bound)
 
 
-def measured_layer(name, method):
+def measured_layer(name, method, **limits):
     folder = os.environ.get("CCP_DATA")
     if folder is None:
         pytest.skip("CCP_DATA does not name a data folder")
@@ -325,7 +482,7 @@ def measured_layer(name, method):
         pytest.skip("the data folder has no bqp instances")
     with np.load(file) as data:
         Q, r = data["Q"].astype(np.float64), int(data["r"])
-    return select(Q=Q, u=Q.mean(axis=0), r=r, method=method)
+    return select(Q=Q, u=Q.mean(axis=0), r=r, method=method, **limits)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -340,32 +497,49 @@ def test_swap_has_a_small_median_gap_on_measured_layers():
     assert np.median(gaps) <= 0.14
 
 
-@pytest.mark.parametrize("name", ["nz2_l0_c16"])
-def test_auto_finds_the_known_optimum_of_a_small_measured_layer(name):
-    choice = measured_layer(name, "auto")
+PROVEN = [name for name, (_, best, bound) in KNOWN.items() if best == bound]
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_auto_proves_the_known_optimum_of_measured_layers(name):
+    choice = measured_layer(name, "auto", time_limit=20)
     assert choice.status == "optimal"
     assert gap_percent(choice, name) == pytest.approx(0, abs=1e-3)
 
 
+def test_the_gap_of_the_hardest_measured_layer_is_small_after_some_nodes():
+    name = "tw_l2_c512"
+    mean, best, _ = KNOWN[name]
+    choice = measured_layer(name, "auto", time_limit=math.inf, node_limit=1000)
+    assert gap_percent(choice, name) <= 0.01
+    assert best - 0.002 * (mean - best) <= choice.lower_bound <= best
+
+
 INTERRUPTED = """
-import os, signal, threading
+import math, os, signal, threading
 import numpy as np
 from ccp_ext import _solver
 
-a = np.random.default_rng(0).normal(size=(60, 60))
+a = np.random.default_rng(0).normal(size=(200, 60))
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    _solver.enumerate(a + a.T, np.zeros(60), 30)
+    {call}
 except KeyboardInterrupt:
     print("interrupted")
 """
+# 10^17 subsets, or a tree of ties: the calls end only if the timer's thread may run and the signal
+# is seen.
+ENDLESS = {
+    "enumerate": "_solver.enumerate(a.T @ a, np.zeros(60), 30)",
+    "branch_and_bound": "_solver.branch_and_bound(np.eye(60), np.zeros(60), 30, 0.0, math.inf, "
+    "2**62, 0.0, 0)",
+}
 
 
-def test_ctrl_c_stops_a_search_that_holds_no_interpreter_lock():
-    # 10^17 subsets: the call ends only if the timer's thread may run and the signal is seen.
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("call", ENDLESS.values(), ids=ENDLESS)
+def test_ctrl_c_stops_a_search_that_holds_no_interpreter_lock(call):
+    code = INTERRUPTED.format(call=call)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "interrupted", done.stderr
 
 
@@ -392,6 +566,12 @@ BAD = {
     "fractional r": (dict(F=GOOD, r=1.5), "got 1.5"),
     "method": (dict(F=GOOD, r=1, method="best"), "method must be one of .*; got 'best'"),
     "seed": (dict(F=GOOD, r=1, seed=-1), "seed must be an integer"),
+    "time limit": (dict(F=GOOD, r=1, time_limit=-1.0), "time_limit must be a number >= 0; got -1"),
+    "no time limit": (dict(F=GOOD, r=1, time_limit=None), "time_limit must be .*; got None"),
+    "NaN gap": (dict(F=GOOD, r=1, gap=math.nan), "gap must be a number >= 0; got nan"),
+    "gap": (dict(F=GOOD, r=1, gap="small"), "gap must be a number >= 0; got 'small'"),
+    "node limit": (dict(F=GOOD, r=1, node_limit=-1), "node_limit must be an integer >= 0"),
+    "fractional nodes": (dict(F=GOOD, r=1, node_limit=0.5), "node_limit must be .*; got 0.5"),
     "large exact": (dict(F=np.ones((60, 60)), r=30, method="exact"), "at most 200000 subsets"),
 }
 
@@ -402,8 +582,9 @@ def test_bad_input_is_named(arguments, message):
         select(**arguments)
 
 
-def test_no_channels_is_an_empty_choice():
-    choice = select(np.zeros((0, 0)), r=0)
+@pytest.mark.parametrize("method", ["auto", "branch_and_bound", *HEURISTICS])
+def test_no_channels_is_an_empty_choice(method):
+    choice = select(np.zeros((0, 0)), r=0, method=method)
     assert isinstance(choice, Choice)
     assert choice.removed.shape == (0,) and choice.objective == 0
 

@@ -100,6 +100,24 @@ Bools enumerate(const Doubles& quadratic, const Doubles& linear, Index r) {
   }));
 }
 
+py::tuple branch_and_bound(const Doubles& quadratic, const Doubles& linear, Index r, double defect,
+                           double time_limit, std::int64_t node_limit, double gap,
+                           std::uint64_t seed) {
+  const auto begin = std::chrono::steady_clock::now();
+  // A century of waiting is forever, and does not overflow the clock.
+  const auto patience = std::chrono::duration<double>(std::min(time_limit, 3e9));
+  const solver::Limits limits{
+      begin + std::chrono::duration_cast<std::chrono::steady_clock::duration>(patience), node_limit,
+      gap};
+  const solver::Problem problem = make_problem(quadratic, linear);
+  check_count(problem.size, r);
+  const auto found = without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::branch_and_bound(problem, r, defect, limits, seed, checkpoint);
+  });
+  return py::make_tuple(to_array(found.mask), found.lower_bound, found.complete, found.tolerance,
+                        found.nodes);
+}
+
 Bools random_subset(Index size, Index r, std::uint64_t seed) {
   check_count(size, r);
   return to_array(solver::random_subset(size, r, seed));
@@ -117,5 +135,8 @@ PYBIND11_MODULE(_solver, module) {
   module.def("swap_descent", &swap_descent, py::arg("quadratic"), py::arg("linear"),
              py::arg("start"));
   module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
+  module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
+             py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
+             py::arg("gap"), py::arg("seed"), "(mask, lower bound, complete, tolerance, nodes)");
   module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
 }

@@ -2,11 +2,12 @@
 //
 //     minimise  1/2 m'Sm - u'm + constant   over m in {0,1}^n with exactly r ones.
 //
-// Everything here is plain C++ without global state. Equal input gives equal output: no threads, no
-// clocks in a decision, ties go to the lowest index.
+// Everything here is plain C++ without global state. Equal input gives equal output: no threads,
+// ties go to the lowest index, and a clock decides only where branch and bound stops.
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -19,6 +20,9 @@ using Mask = std::vector<char>;  // n entries; 1 marks a chosen channel
 
 // Called often by every long loop; it throws to stop the search.
 using Checkpoint = std::function<void()>;
+
+// Asked often by a loop that can stop at any time with a worse answer: whether to. It may throw.
+using Expired = std::function<bool()>;
 
 struct Problem {
   Index size;                  // n
@@ -59,6 +63,30 @@ Mask swap_descent(const Problem& problem, Mask mask, const Checkpoint& checkpoin
 // The best of all masks with r ones; among those equal up to rounding, the one whose sorted indices
 // come first in lexicographic order. O(1) a mask, O(n) a prefix.
 Mask enumerate(const Problem& problem, Index r, const Checkpoint& checkpoint);
+
+// Simulated annealing over random exchanges, with a fixed number of proposals from a temperature
+// that the start's changes set. Returns the best mask met, the start if none was better.
+Mask anneal(const Problem& problem, Mask start, std::int64_t proposals, std::uint64_t seed,
+            const Expired& expired);
+
+struct Limits {
+  std::chrono::steady_clock::time_point deadline;
+  std::int64_t nodes;  // to expand at most
+  double gap;          // the search may leave masks that are better by no more than this
+};
+
+struct Certified {
+  Mask mask;
+  double lower_bound;  // on every mask with r ones; lowered by the rounding errors
+  bool complete;       // no mask is better by more than max(gap, tolerance)
+  double tolerance;    // what rounding leaves open
+  std::int64_t nodes;  // expanded
+};
+
+// Branch and bound for an S whose least eigenvalue is -defect or more, defect >= 0, from greedy,
+// swap descent, rounded relaxations and annealing. Best bound first.
+Certified branch_and_bound(const Problem& problem, Index r, double defect, const Limits& limits,
+                           std::uint64_t seed, const Checkpoint& checkpoint);
 
 // A uniformly random mask with r ones; the same for a seed on every machine.
 Mask random_subset(Index size, Index r, std::uint64_t seed);

@@ -1,36 +1,11 @@
+#include "random.h"
+
 #include <numeric>
 #include <utility>
 
 #include "problem.h"
 
 namespace ccp::solver {
-namespace {
-
-// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-class SplitMix64 {
- public:
-  explicit SplitMix64(std::uint64_t seed) : state_(seed) {}
-
-  std::uint64_t next() {
-    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-
-  // Uniform in [0, bound): draws from the incomplete last interval are rejected.
-  std::uint64_t below(std::uint64_t bound) {
-    const std::uint64_t incomplete = -bound % bound;  // 2^64 modulo bound
-    std::uint64_t draw = next();
-    while (draw < incomplete) draw = next();
-    return draw % bound;
-  }
-
- private:
-  std::uint64_t state_;
-};
-
-}  // namespace
 
 Mask random_subset(Index size, Index r, std::uint64_t seed) {
   SplitMix64 generator(seed);
