@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def cut_attributes(module: nn.Module, cut: Cut) -> dict[str, Any]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": len(cut.out)}
     if is_depthwise(module):
-        groups = len(cut.out) * module.groups // module.out_channels
+        groups = len(_outputs_by_input(module, cut.out))
         return {"out_channels": len(cut.out), "in_channels": groups, "groups": groups}
     unit = "features" if isinstance(module, nn.Linear) else "channels"
     sides = {f"out_{unit}": cut.out, f"in_{unit}": cut.inputs}
@@ -112,7 +113,7 @@ def _check(path: str, module: nn.Module, cut: Cut) -> None:
     if is_layer:
         _check_positions(path, "in", cut.inputs, module.weight.shape[1])
     if is_depthwise(module):
-        _check_whole_blocks(path, module, cut.out)
+        _check_equal_blocks(path, module, cut.out)
 
 
 def _out_size(module: nn.Module) -> int:
@@ -126,11 +127,14 @@ def _check_positions(path: str, side: str, kept: Sequence[int] | None, size: int
         raise InputError(f"module {path!r} has {size} positions along {side!r}; got {list(kept)}")
 
 
-def _check_whole_blocks(path: str, module: nn.Module, kept: Sequence[int]) -> None:
-    block = module.out_channels // module.groups
-    inputs = {position // block for position in kept}
-    if len(kept) != len(inputs) * block:
+def _check_equal_blocks(path: str, module: nn.Module, kept: Sequence[int]) -> None:
+    if len(set(_outputs_by_input(module, kept).values())) > 1:
         raise InputError(
-            f"module {path!r} makes {block} channels of each input channel, which stay or go "
-            f"together; got {list(kept)}"
+            f"module {path!r} makes {module.out_channels // module.groups} channels of each input "
+            f"channel, and must keep equally many of each that it still reads; got {list(kept)}"
         )
+
+
+def _outputs_by_input(module: nn.Module, kept: Sequence[int]) -> Counter[int]:
+    """How many of the kept outputs a depthwise convolution makes of each input channel."""
+    return Counter(position // (module.out_channels // module.groups) for position in kept)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,20 +67,20 @@ class PruningPlan:
     def from_kept(
         cls,
         graph: ChannelGraph,
-        kept: Mapping[str, Sequence[int] | Tensor],
+        kept: Mapping[str, Sequence[int] | Tensor | np.ndarray],
         record: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """Make a plan from the channels that stay.
 
         Args:
             graph: from :func:`ccp_ext.trace`.
-            kept: {group name: indices, in any order, or a bool tensor ``[channels]`` that is True
-                where a channel stays}. All channels stay in a group without an entry.
-            record: see the attribute.
+            kept: {group name: indices, in any order, or a bool tensor or array ``[channels]`` that
+                is True where a channel stays}. All channels stay in a group without an entry.
+            record: see the attribute; scalars of numpy and torch become numbers.
 
         Raises:
-            InputError: unknown group, an index out of range or twice, a mask of the wrong shape, or
-                a group that would keep no channel.
+            InputError: unknown group, an index out of range or twice, a mask of the wrong shape, a
+                group that would keep no channel, or a record that JSON cannot hold.
         """
         indices = {name: _indices(graph[name], chosen) for name, chosen in kept.items()}
         counts = {name: len(chosen) for name, chosen in indices.items()}
@@ -93,7 +96,7 @@ class PruningPlan:
                 "parameters_before": graph.parameters(),
                 "parameters_after": graph.parameters(counts),
             },
-            record=dict(record or {}),
+            record=_plain("record", record or {}),
         )
 
     def then(self, other: PruningPlan) -> PruningPlan:
@@ -158,8 +161,16 @@ class PruningPlan:
         return _Reader(source).plan(content)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an interruption leaves the old file whole."""
-        files.write_text(path, self.to_json() + "\n")
+        """Write the plan as JSON; an interruption leaves the old file whole.
+
+        Raises:
+            InputError: the record holds what JSON cannot, or the file cannot be written.
+        """
+        try:
+            files.write_text(path, self.to_json() + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"plan {os.fspath(path)!r} cannot be written: {reason}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -179,25 +190,57 @@ class PruningPlan:
 # --- making ------------------------------------------------------------------------------------
 
 
-def _indices(group: Group, chosen: Sequence[int] | Tensor) -> tuple[int, ...]:
-    if isinstance(chosen, Tensor) and chosen.dtype == torch.bool:
-        if chosen.shape != (group.channels,):
-            raise InputError(
-                f"group {group.name!r} has {group.channels} channels; got a mask of shape "
-                f"{tuple(chosen.shape)}"
-            )
-        chosen = torch.nonzero(chosen).flatten()
-    kept = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
+def _indices(group: Group, chosen: Sequence[int] | Tensor | np.ndarray) -> tuple[int, ...]:
+    if isinstance(chosen, Tensor | np.ndarray):
+        chosen = torch.as_tensor(chosen)
+        if chosen.dtype == torch.bool:
+            chosen = _positions_of_mask(group, chosen)
+        chosen = chosen.tolist()
+    if not isinstance(chosen, Iterable):
+        raise InputError(f"group {group.name!r} takes indices or a mask; got {chosen!r}")
+    kept = [_index(group, value) for value in chosen]
     if not kept:
         raise InputError(f"group {group.name!r} must keep at least one channel")
-    for index in kept:
-        if not _is_int(index) or not 0 <= index < group.channels:
-            raise InputError(
-                f"group {group.name!r} has channels 0 to {group.channels - 1}; got {index!r}"
-            )
     if len(set(kept)) < len(kept):
         raise InputError(f"group {group.name!r} keeps a channel twice: {kept}")
     return tuple(sorted(kept))
+
+
+def _positions_of_mask(group: Group, mask: Tensor) -> Tensor:
+    if mask.shape != (group.channels,):
+        raise InputError(
+            f"group {group.name!r} has {group.channels} channels; got a mask of shape "
+            f"{tuple(mask.shape)}"
+        )
+    return torch.nonzero(mask).flatten()
+
+
+def _index(group: Group, value: Any) -> int:
+    """A channel of the group, from an integer of any type."""
+    try:
+        index = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        index = None
+    if index is None or not 0 <= index < group.channels:
+        raise InputError(
+            f"group {group.name!r} has channels 0 to {group.channels - 1}; got {value!r}"
+        )
+    return index
+
+
+def _plain(name: str, value: Any) -> Any:
+    """``value`` with the types that JSON has; ``name`` is what errors call it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    is_scalar = isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0
+    plain = value.item() if is_scalar else value
+    if not isinstance(plain, str | int | float | None):
+        raise InputError(f"plan: {name} is a {type(value).__name__}, which JSON cannot hold")
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise InputError(f"plan: {name} is {plain}, which JSON cannot hold")
+    return plain
 
 
 def _kept_group(group: Group, kept: tuple[int, ...]) -> KeptGroup:

@@ -31,7 +31,8 @@ _TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-_FORMAT = "ccp_ext"
+_METADATA = "ccp_ext"
+_VERSION = 1
 
 
 def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Module:
@@ -47,14 +48,15 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
         model: the model that the plan was made for.
         plan: what stays.
         verify: run the model on random inputs of the plan's shapes, before and after, and compare
-            with :func:`masked`.
+            with :func:`masked`. Buffers that the model's code writes get their values back.
 
     Returns:
         The same model.
 
     Raises:
         InputError: the plan does not fit the model, or the pruned model fails or gives other
-            outputs than the masked one. The model is then as it was.
+            outputs than the masked one, or ``verify`` is set and the model cannot be run on random
+            inputs or has no finite output there. The model is then as it was.
     """
     modules = _modules(model, plan)
     composed = plan if _plan_of(model) is None else _plan_of(model).then(plan)
@@ -102,10 +104,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a pruned or plain model to one safetensors file.
 
     The file holds the state dict, and as metadata the plan, memory formats and which tensors are
-    one. An interruption leaves the old file whole.
+    one. Equal models give equal files, to the byte. An interruption leaves the old file whole.
 
     Raises:
-        InputError: the state dict holds something else than tensors.
+        InputError: the state dict holds something else than tensors, or the file cannot be written.
     """
     state = model.state_dict()
     for name, value in state.items():
@@ -113,23 +115,27 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise InputError(f"save: {name} of the state dict is a {type(value).__name__}")
     aliases = _aliases(state)
     plan = _plan_of(model)
-    metadata = {
-        "format": _FORMAT,
-        "version": "1",
-        "plan": plan.to_json() if plan is not None else "",
-        "aliases": json.dumps(aliases),
-        "layouts": json.dumps(
-            {n: _layout(t) for n, t in state.items() if _layout(t) != list(range(t.dim()))}
-        ),
+    layouts = {name: _layout(tensor) for name, tensor in state.items()}
+    content = {
+        "version": _VERSION,
+        "plan": None if plan is None else json.loads(plan.to_json()),
+        "aliases": aliases,
+        "layouts": {n: order for n, order in layouts.items() if order != sorted(order)},
     }
+    # One entry, because safetensors writes several in an order that changes from run to run.
+    metadata = {_METADATA: json.dumps(content, sort_keys=True)}
     # A copy where tensors overlap in memory: the format has no views.
     tensors = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
         if name not in aliases
     }
-    with files.atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    try:
+        with files.atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"save: {os.fspath(path)!r} cannot be written: {reason}") from error
 
 
 def load(path: str | os.PathLike[str], model_fn: Callable[[], nn.Module]) -> nn.Module:
@@ -254,8 +260,19 @@ class _Verification:
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         self._model = model
         self._inputs = _random_inputs(model, plan)
+        shapes = ", ".join(str(tuple(x.shape)) for x in self._inputs)
+        refusal = (
+            f"prune: verification is not possible, nothing was changed: {type(model).__name__} "
+            f"{{}} on random inputs of shape {shapes}; verify=False leaves it out"
+        )
         with masked(model, plan):
-            self._expected = self._run()
+            try:
+                self._expected = self._run()
+            except Exception as error:  # whatever the model's own code raises
+                raise InputError(refusal.format(f"cannot be run ({_one_line(error)})")) from error
+        values = [x for _, x in self._expected if x.numel()]
+        if values and not any(x.isfinite().any() for x in values):
+            raise InputError(refusal.format("has no finite output"))
 
     def compare(self) -> None:
         running: list[str] = []
@@ -266,18 +283,24 @@ class _Verification:
                 where = repr(running[-1]) if running and running[-1] else "the model itself"
                 raise InputError(
                     f"prune: verification failed, nothing was changed: the pruned model raises "
-                    f"in {where}: {str(error).strip()}"
+                    f"in {where}: {_one_line(error)}"
                 ) from error
         for (name, a), (_, b) in zip(self._expected, found, strict=True):
             _require_equal(name, a, b)
 
     def _run(self) -> list[tuple[str, Tensor]]:
         """The tensors that the model returns, by their place in the output."""
-        with training_flags_kept(self._model), random_state_kept(self._model), _full_precision():
-            self._model.eval()
+        model = self._model
+        with (
+            training_flags_kept(model),
+            random_state_kept(model),
+            _full_precision(),
+            torch.no_grad(),
+            _buffers_kept(model),
+        ):
+            model.eval()
             torch.manual_seed(0)
-            with torch.no_grad():
-                output = self._model(*self._inputs)
+            output = model(*self._inputs)
         leaves = tree_leaves_with_path(output)
         return [(f"output{keystr(at)}", x) for at, x in leaves if isinstance(x, Tensor)]
 
@@ -303,14 +326,43 @@ def _require_equal(name: str, expected: Tensor, found: Tensor) -> None:
             f"{failed} has shape {tuple(found.shape)}, the masked model's {tuple(expected.shape)}"
         )
     wide = torch.promote_types(expected.dtype, torch.float64)
-    scale = expected.to(wide).abs().amax().item() if expected.numel() else 0.0
-    error = (expected.to(wide) - found.to(wide)).abs().amax().item() if expected.numel() else 0.0
+    a, b = expected.to(wide), found.to(wide)
+    special = [x.masked_fill(x.isfinite(), 0) for x in (a, b)]
+    if not torch.allclose(*special, rtol=0, atol=0, equal_nan=True):
+        raise InputError(f"{failed} is NaN or infinite in other places than the masked model's")
+    finite = a.isfinite()
+    a, b = a[finite], b[finite]
+    scale = a.abs().amax().item() if a.numel() else 0.0
+    error = (a - b).abs().amax().item() if a.numel() else 0.0
     tolerance = _TOLERANCE.get(expected.dtype, 0.0) * scale
-    if not error <= tolerance:
+    if error > tolerance:
         raise InputError(
             f"{failed} differs from the masked model's by {error:.3g}; its values go up to "
             f"{scale:.3g}, and {tolerance:.3g} is allowed"
         )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own buffers back at the end, with the values that they have now."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            # Left alone where nothing changed, because an autograd graph may hold the buffer.
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -363,16 +415,20 @@ def _read(path: str | os.PathLike[str]) -> _Content:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{source!r} is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+    if _METADATA not in metadata:
         raise InputError(f"{source!r} was not written by ccp_ext.save")
     try:
-        for name, original in json.loads(metadata["aliases"]).items():
+        content = json.loads(metadata[_METADATA])
+        version, plan = content["version"], content["plan"]
+        for name, original in content["aliases"].items():
             tensors[name] = tensors[original]
-        layouts = dict(json.loads(metadata["layouts"]))
+        layouts = dict(content["layouts"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source!r} has broken metadata: {error!r}") from error
-    text = metadata.get("plan")
-    plan = PruningPlan.from_json(text, f"plan in {source!r}") if text else None
+    if version != _VERSION:
+        raise InputError(f"{source!r} has version {version!r}; this ccp_ext reads {_VERSION}")
+    if plan is not None:
+        plan = PruningPlan.from_json(json.dumps(plan), f"plan in {source!r}")
     return _Content(tensors, layouts, plan)
 
 

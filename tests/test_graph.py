@@ -245,6 +245,26 @@ def test_code_that_relies_on_the_number_of_channels_fixes_them(function):
     assert "first[0:8]" in reasons(graph)
 
 
+@pytest.mark.parametrize(
+    ("function", "detail"),
+    [
+        (lambda x: x / x.shape[1], "div computes with 8, with fewer channels 7"),
+        (lambda x: x * x.shape[1] ** -0.5, "mul computes with 0.353553, "),
+        (lambda x: torch.add(x, 1.0, alpha=x.shape[1]), "add computes with 8, "),
+        (lambda x: x.relu() if x.shape[1] == 8 else x, "other operators run"),
+    ],
+)
+def test_code_that_computes_with_the_number_of_channels_fixes_them(function, detail):
+    graph = graph_of(Between(function))
+    assert graph.groups == ()
+    assert f"relies on their number: {detail}" in reasons(graph)["first[0:8]"]
+
+
+@pytest.mark.parametrize("function", [lambda x: x / x.shape[0], lambda x: x / x[0, 0].numel()])
+def test_code_that_computes_with_other_sizes_leaves_the_channels_free(function):
+    assert [g.name for g in graph_of(Between(function)).groups] == ["first"]
+
+
 def test_code_that_relies_on_one_number_of_channels_leaves_the_other_groups_free():
     class WrittenOut(nn.Module):
         def __init__(self):
@@ -305,7 +325,21 @@ def test_computed_weights_are_fixed():
     torch.nn.utils.parametrizations.weight_norm(model[0])
     graph = graph_of(model)
     assert graph.groups == ()
-    assert "its weight is not the parameter" in reasons(graph)["0[0:8]"]
+    assert "its weight is not the parameter of a plain Conv2d module" in reasons(graph)["0[0:8]"]
+
+
+def test_layers_that_the_model_itself_calls_as_functions_are_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(7, 8))
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    reason = "linear in the model itself: its weight is not the parameter of a plain Linear module"
+    graph = graph_of(Functional())
+    assert reasons(graph) == {"the model itself: linear[0:7]": reason}
 
 
 def test_a_weight_that_something_else_reads_is_fixed():

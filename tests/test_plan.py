@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from small_networks import Concat, lively, output, random_plan
@@ -23,8 +24,18 @@ def test_masks_and_indices_in_any_order_make_the_same_plan(graph):
     mask[[2, 5, 11]] = True
     plans = [
         PruningPlan.from_kept(graph, {"layer1.0.conv1": kept})
-        for kept in (mask, [11, 2, 5], (5, 11, 2), torch.tensor([5, 2, 11]))
+        for kept in (
+            mask,
+            mask.numpy(),
+            [11, 2, 5],
+            (5, 11, 2),
+            torch.tensor([5, 2, 11]),
+            np.array([5, 2, 11], dtype=np.int32),
+            list(np.array([5, 2, 11])),
+            list(torch.tensor([5, 2, 11])),
+        )
     ]
+    assert all(type(i) is int for plan in plans for i in plan.groups["layer1.0.conv1"].kept)
     assert plans[0].groups["layer1.0.conv1"].kept == (2, 5, 11)
     assert all(plan == plans[0] for plan in plans)
 
@@ -65,6 +76,10 @@ def test_saved_plans_come_back_equal(graph, tmp_path):
         ({"layer1.0.conv1": [-1]}, "got -1"),
         ({"layer1.0.conv1": [True]}, "got True"),
         ({"layer1.0.conv1": [1.0]}, "got 1.0"),
+        ({"layer1.0.conv1": np.array([1.0])}, "got 1.0"),
+        ({"layer1.0.conv1": [np.True_]}, r"got np.True_"),
+        ({"layer1.0.conv1": 3}, "'layer1.0.conv1' takes indices or a mask; got 3"),
+        ({"layer1.0.conv1": np.ones((16, 1), dtype=bool)}, r"a mask of shape \(16, 1\)"),
         ({"layer1.0.conv1": [3, 3]}, "keeps a channel twice"),
         ({"layer1.0.conv1": torch.ones(15, dtype=torch.bool)}, r"16 channels; got .* \(15,\)"),
         ({"conv7": [0]}, "no group 'conv7'"),
@@ -140,11 +155,39 @@ def test_unreadable_files_are_refused(tmp_path):
         PruningPlan.load(tmp_path / "binary.json")
 
 
-def test_records_that_json_cannot_hold_are_refused(graph, tmp_path):
-    plan = random_plan(graph, record={"scores": torch.ones(2)})
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"scores": torch.ones(2)}, r"record\['scores'\] is a Tensor, which JSON cannot hold"),
+        ({"options": [{"kind": set()}]}, r"record\['options'\]\[0\]\['kind'\] is a set"),
+        ({"loss": float("nan")}, r"record\['loss'\] is nan"),
+        ({"loss": np.float32("inf")}, r"record\['loss'\] is inf"),
+    ],
+)
+def test_records_that_json_cannot_hold_are_refused(graph, record, message):
+    with pytest.raises(InputError, match=message):
+        random_plan(graph, record=record)
+
+
+def test_records_set_later_that_json_cannot_hold_are_refused(graph, tmp_path):
+    plan = PruningPlan(**{**vars(random_plan(graph)), "record": {"scores": torch.ones(2)}})
     with pytest.raises(InputError, match="record holds what JSON cannot: .*Tensor"):
         plan.save(tmp_path / "plan.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scalars_of_numpy_and_torch_in_a_record_become_numbers(graph):
+    record = {"seed": np.int64(3), "share": np.float32(0.5), "t": (torch.tensor(2), np.True_, None)}
+    plan = random_plan(graph, record=record)
+    assert plan.record == {"seed": 3, "share": 0.5, "t": [2, True, None]}
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_path_that_cannot_be_written_is_named(graph, tmp_path):
+    path = tmp_path / "missing" / "plan.json"
+    with pytest.raises(InputError) as caught:
+        random_plan(graph).save(path)
+    assert f"plan {str(path)!r} cannot be written: " in str(caught.value)
 
 
 # --- composition -------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_plans_that_do_not_fit_are_refused_before_the_first_edit(path, side, val
     assert_unchanged(model, before)
 
 
-def test_depthwise_channels_of_one_input_cannot_be_told_apart():
+def test_depthwise_convolutions_make_equally_many_channels_of_each_input():
     model = Depthwise()
     plan = PruningPlan.from_kept(trace(model, torch.randn(IMAGES)), {"first": [0, 2, 3]})
     half = broken(plan, {"depthwise": Cut(out=(0, 4, 5))})
@@ -283,6 +283,95 @@ def test_a_plan_for_another_model_is_refused():
     with pytest.raises(InputError, match="made for a ResNet whose parameters have other names"):
         surgery.prune(other, plan)
     assert_unchanged(other, before)
+
+
+# --- verification of models that random inputs do not suit -------------------------------------
+
+
+class Guarded(nn.Module):
+    """Any function before and behind a convolution and a linear layer."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.before, self.after = before, after
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.after(self.last(F.relu(self.first(self.before(x)))))
+
+
+def guarded(before=lambda x: x, after=lambda x: x):
+    model = Guarded(before, after)
+    plan = PruningPlan.from_kept(trace(model, torch.rand(IMAGES)), {"first": [0, 2, 3]})
+    return model, plan
+
+
+def half_infinite(x):
+    rows = torch.arange(8)
+    return x.masked_fill(rows < 2, -torch.inf).masked_fill(rows == 5, torch.nan)
+
+
+def test_outputs_that_are_partly_not_finite_are_compared_where_they_are():
+    model, plan = guarded(after=half_infinite)
+    assert surgery.prune(model, plan).first.out_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y + 1, "differs from the masked model's by 1;"),
+        (lambda y: y.flip(3), "is NaN or infinite in other places than the masked model's"),
+        (lambda y: y.abs(), "is NaN or infinite in other places than the masked model's"),
+    ],
+)
+def test_outputs_that_are_partly_not_finite_can_still_differ(change, message):
+    model, plan = guarded()
+    # What the pruned model adds of its own.
+    model.after = lambda y: (
+        change(half_infinite(y)) if model.first.out_channels == 3 else half_infinite(y)
+    )
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        surgery.prune(model, plan)
+    assert_unchanged(model, before)
+
+
+def lookup(x):
+    return F.embedding((x * 1000).long(), torch.ones(1000, 1)).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (lambda x: (x - 100).sqrt(), "Guarded has no finite output"),
+        (lookup, r"Guarded cannot be run \(index out of range in self\)"),
+    ],
+)
+def test_models_that_random_inputs_do_not_suit_can_be_pruned_without_verification(before, message):
+    model, plan = guarded(before)
+    unchanged = snapshot(model)
+    with pytest.raises(InputError, match=message) as caught:
+        surgery.prune(model, plan)
+    assert "random inputs of shape (2, 3, 8, 8); verify=False" in str(caught.value)
+    assert_unchanged(model, unchanged)
+    assert surgery.prune(model, plan, verify=False).first.out_channels == 3
+
+
+def replace_counter(model, x):
+    model.calls = model.calls + 1
+    return x
+
+
+@pytest.mark.parametrize("write", [lambda model, x: x, replace_counter])
+def test_verification_leaves_no_trace_in_buffers_that_the_forward_writes(write):
+    model, plan = guarded()
+    model.before = lambda x: write(model, x)
+    counter = model.calls
+    surgery.prune(model, plan)
+    assert model.calls is counter
+    assert counter == 0
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -352,6 +441,25 @@ def test_twice_pruned_models_load_from_the_plain_one(tmp_path):
     assert torch.equal(output(loaded, x), output(slim, x))
 
 
+def test_depthwise_convolution_cut_to_one_input_can_be_pruned_again_and_loaded(tmp_path):
+    def network():
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.Conv2d(4, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 5, 1)
+        )
+
+    model, x = network(), torch.randn(IMAGES)
+    plain = copy.deepcopy(model)
+    surgery.prune(model, PruningPlan.from_kept(trace(model, x), {"0": [1]}))
+    surgery.prune(model, PruningPlan.from_kept(trace(model, x), {"1": [0, 2]}))
+    assert model.ccp_plan.modules["1"].out == (3, 5)
+    surgery.save(model, tmp_path / "slim.safetensors")
+    loaded = surgery.load(tmp_path / "slim.safetensors", network)
+    assert torch.equal(output(loaded, x), output(model, x))
+    at_once = surgery.prune(plain, model.ccp_plan)
+    assert torch.equal(output(at_once, x), output(model, x))
+    assert str(at_once) == str(model) == str(loaded)
+
+
 def tied():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     model[2].weight = model[0].weight
@@ -408,10 +516,51 @@ def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
     assert path.read_bytes() == old
 
 
-def rewritten(path, **metadata):
+@pytest.mark.parametrize("name", [".", "missing/slim.safetensors"])
+def test_a_path_that_cannot_be_written_is_named(tmp_path, name):
+    with pytest.raises(InputError) as caught:
+        surgery.save(Concat(), tmp_path / name)
+    assert f"save: {str(tmp_path / name)!r} cannot be written: " in str(caught.value)
+    assert ".tmp" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_models_give_equal_files_in_every_process(tmp_path):
+    program = """
+        import sys, torch
+        from small_networks import random_plan
+        from torch import nn
+        from ccp_ext import surgery
+        from ccp_ext.graph import trace
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1))
+        model = model.to(memory_format=torch.channels_last)
+        model[0].bias = model[1].bias
+        graph = trace(model, torch.randn(1, 3, 4, 4))
+        surgery.prune(model, random_plan(graph, record={"seed": 0, "criterion": "l1"}))
+        for name in sys.argv[1:]:
+            surgery.save(model, name)
+    """
+    for seed in "12":
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), *(seed + name for name in "abcd")],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed},
+            check=True,
+            timeout=120,
+        )
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def metadata_of(path):
     with safe_open(path, "pt") as file:
-        old = file.metadata()
-    save_file(load_file(path), path, {**old, **metadata})
+        return json.loads(file.metadata()["ccp_ext"])
+
+
+def rewritten(path, **fields):
+    content = {**metadata_of(path), **fields}
+    save_file(load_file(path), path, {"ccp_ext": json.dumps(content)})
 
 
 @pytest.mark.parametrize(
@@ -422,11 +571,12 @@ def rewritten(path, **metadata):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole safetensors file"),
         (lambda path: path.write_bytes(b"{}" * 500), "not a whole safetensors file"),
         (lambda path: save_file({"x": torch.ones(1)}, path), "not written by ccp_ext.save"),
-        (lambda path: rewritten(path, version="9"), "not written by ccp_ext.save"),
-        (lambda path: rewritten(path, aliases="{"), "broken metadata"),
-        (lambda path: rewritten(path, layouts="3"), "broken metadata"),
-        (lambda path: rewritten(path, plan='{"version": 1}'), "plan in .*missing: "),
-        (lambda path: rewritten(path, plan=""), "does not fit ResNet of model_fn: size mismatch"),
+        (lambda path: rewritten(path, version=9), "has version 9; this ccp_ext reads 1"),
+        (lambda path: save_file({}, path, {"ccp_ext": "{"}), "broken metadata"),
+        (lambda path: rewritten(path, aliases={"x": "nowhere"}), "broken metadata"),
+        (lambda path: rewritten(path, layouts=3), "broken metadata"),
+        (lambda path: rewritten(path, plan={"version": 1}), "plan in .*missing: "),
+        (lambda path: rewritten(path, plan=None), "does not fit ResNet of model_fn: size mismatch"),
     ],
 )
 def test_broken_files_are_refused_in_one_sentence(tmp_path, damage, message):
@@ -451,6 +601,5 @@ def test_a_wrong_model_fn_is_refused(tmp_path):
 def test_metadata_is_plain_text_that_holds_the_plan(tmp_path):
     slim = slim_resnet8()
     surgery.save(slim, tmp_path / "slim.safetensors")
-    with safe_open(tmp_path / "slim.safetensors", "pt") as file:
-        plan = json.loads(file.metadata()["plan"])
+    plan = metadata_of(tmp_path / "slim.safetensors")["plan"]
     assert plan["fingerprint"] == slim.ccp_plan.fingerprint

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccp_ext.cutting import Cut, cut_attributes, cut_tensors
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph.channels import ChannelGraph
+
+
+class _Run(NamedTuple):
+    """What a run on fake tensors shows.
+
+    Attributes:
+        shapes: of the outputs.
+        numbers: (operator, its plain numbers) of every elementwise operator, in order.
+    """
+
+    shapes: Any
+    numbers: list[tuple[str, tuple[float, ...]]]
+
+
+class _Numbers(TorchDispatchMode):
+    """Notes the numbers that elementwise operators compute with, such as the 8 of ``x / 8``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[float, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.pointwise in func.tags:
+            values = (*args, *kwargs.values())
+            numbers = tuple(v for v in values if isinstance(v, int | float))
+            self.found.append((func.overloadpacket.__name__, numbers))
+        return func(*args, **kwargs)
 
 
 class Probe:
@@ -32,12 +61,12 @@ class Probe:
         self._arguments = [self._mode.from_tensor(x) for x in arguments]
         counter = FlopCounterMode(display=False)
         with counter:
-            self._expected = {False: self._output_shapes({}, training=False)}
+            self._expected = {False: self._run({}, training=False)}
         self.macs = counter.get_total_flops() // 2
         if training:
             # A model that cannot be trained on these inputs has nothing to compare with.
             with contextlib.suppress(Exception):
-                self._expected[True] = self._output_shapes({}, training=True)
+                self._expected[True] = self._run({}, training=True)
 
     def misfits(self, graph: ChannelGraph) -> dict[str, str]:
         """The groups that cannot lose a channel, because the model's code relies on their number.
@@ -61,15 +90,18 @@ class Probe:
         cuts = graph.cuts(kept)
         for training, expected in self._expected.items():
             try:
-                shapes = self._output_shapes(cuts, training)
+                found = self._run(cuts, training)
             except Exception as error:  # whatever the model's own code raises
                 return str(error).strip().partition("\n")[0] or type(error).__name__
-            if shapes != expected:
+            if found.shapes != expected.shapes:
                 return "the model's output changes its shape"
+            if found.numbers != expected.numbers:
+                return _difference(expected, found)
         return None
 
-    def _output_shapes(self, cuts: Mapping[str, Cut], training: bool) -> Any:
+    def _run(self, cuts: Mapping[str, Cut], training: bool) -> _Run:
         modules = {path: self._model.get_submodule(path) for path in cuts}
+        numbers = _Numbers()
         with training_flags_kept(self._model), torch.no_grad(), self._mode:
             self._model.train(training)
             tensors = {name: self._mode.from_tensor(t) for name, t in self._tensors.items()}
@@ -78,9 +110,21 @@ class Probe:
                 for path, module in modules.items()
                 for name, _, small in cut_tensors(path, module, cuts[path])
             }
-            with _attributes(modules, cuts):
+            with _attributes(modules, cuts), numbers:
                 output = torch.func.functional_call(self._model, tensors, tuple(self._arguments))
-        return tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, output)
+        shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, output)
+        return _Run(shapes, numbers.found)
+
+
+def _difference(expected: _Run, found: _Run) -> str:
+    """In what the first difference between the numbers of two runs is."""
+    for before, after in zip(expected.numbers, found.numbers, strict=False):
+        if before[0] != after[0]:
+            break
+        for a, b in zip(before[1], after[1], strict=False):
+            if a != b:
+                return f"{before[0]} computes with {a:g}, with fewer channels {b:g}"
+    return "other operators run with fewer channels"
 
 
 @contextlib.contextmanager

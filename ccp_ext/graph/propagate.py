@@ -175,7 +175,8 @@ class Propagation:
         """Fixed atoms for a layer that is not followed, so that it can be reported."""
         self.give_up(node, detail)
         call = self.calls.of(node)
-        atoms = self.new_atoms(call.path if call else node.name, range(outputs))
+        path = call.path if call and call.path else f"the model itself: {node.name}"
+        atoms = self.new_atoms(path, range(outputs))
         self.fix(atoms, f"{self.where(node)}: {detail}")
         return atoms
 

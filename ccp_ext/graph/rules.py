@@ -127,7 +127,9 @@ def _dense(
     outputs = shape(node)[dim]
     module = _owner(state, node, argument, kinds)
     if module is None:
-        detail = f"its weight is not the parameter of a module of kind {kinds[-1].__name__}"
+        # The operators are named as the modules: conv2d, linear.
+        kind = operator_name(node).capitalize()
+        detail = f"its weight is not the parameter of a plain {kind} module"
         return state.opaque(node, outputs, detail)
     record = state.record(node, module, "dense", outputs)
     record.pair_macs += positions * math.prod(module.weight.shape[2:])
