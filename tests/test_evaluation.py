@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ccp_ext import datasets, models
+from ccp_ext.checkpoints import load_model
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
@@ -87,3 +91,12 @@ def test_outputs_of_another_shape_are_refused(last):
 def test_an_unusable_device_is_refused():
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         evaluate(classifier(), random_set(), device="abacus", progress=False)
+
+
+@pytest.mark.skipif("CCP_DATA" not in os.environ, reason="CCP_DATA does not name a data folder")
+def test_a_published_network_reaches_its_known_accuracy_on_real_images():
+    """ResNet-56 of akamaster/pytorch_resnet_cifar10: 93.39 on all test images."""
+    weights = Path(os.environ["CCP_DATA"]) / "cifar10_weights" / "resnet56-4bfd9763.th"
+    model = load_model(lambda: models.create("resnet56"), weights)
+    images = datasets.load("cifar10", "test").subset(range(2000))
+    assert evaluate(model, images, progress=False).accuracy == pytest.approx(92.95, abs=0.06)
