@@ -16,8 +16,8 @@ from ccp_ext.plan import PruningPlan
 from ccp_ext.selection import select
 from ccp_ext.statistics import Statistics
 
-# Enough to prove most groups of up to 128 channels optimal. A limit by the clock would make the plan
-# depend on the machine's speed.
+# Enough to prove most groups of up to 128 channels optimal. A limit by the clock would make the
+# plan depend on the machine's speed.
 NODE_LIMIT = 1000
 
 

@@ -23,7 +23,7 @@ class _Run(NamedTuple):
 
     Attributes:
         shapes: of the outputs.
-        numbers: (operator, its plain numbers) of every elementwise operator, in order.
+        numbers: (operator, numbers) of every elementwise operator that takes any, in order.
     """
 
     shapes: Any
@@ -41,8 +41,9 @@ class _Numbers(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.pointwise in func.tags:
             values = (*args, *kwargs.values())
-            numbers = tuple(v for v in values if isinstance(v, int | float))
-            self.found.append((func.overloadpacket.__name__, numbers))
+            numbers = tuple(v for v in values if type(v) in (int, float))
+            if numbers:
+                self.found.append((func.overloadpacket.__name__, numbers))
         return func(*args, **kwargs)
 
 
@@ -124,7 +125,7 @@ def _difference(expected: _Run, found: _Run) -> str:
         for a, b in zip(before[1], after[1], strict=False):
             if a != b:
                 return f"{before[0]} computes with {a:g}, with fewer channels {b:g}"
-    return "other operators run with fewer channels"
+    return "it computes with other numbers with fewer channels"
 
 
 @contextlib.contextmanager
