@@ -249,7 +249,7 @@ def test_code_that_relies_on_the_number_of_channels_fixes_them(function):
     ("function", "detail"),
     [
         (lambda x: x / x.shape[1], "div computes with 8, with fewer channels 7"),
-        (lambda x: x * x.shape[1] ** -0.5, "mul computes with 0.353553, "),
+        (lambda x: x * x.shape[1] ** -0.5, "mul computes with 0.35355"),
         (lambda x: torch.add(x, 1.0, alpha=x.shape[1]), "add computes with 8, "),
         (lambda x: x / 2 if x.shape[1] == 8 else x, "it computes with other numbers"),
     ],
@@ -260,8 +260,8 @@ def test_code_that_computes_with_the_number_of_channels_fixes_them(function, det
     assert f"relies on their number: {detail}" in reasons(graph)["first[0:8]"]
 
 
-@pytest.mark.parametrize("function", [lambda x: x / x.shape[0], lambda x: x / (x.shape[2] + 1)])
-def test_code_that_computes_with_other_sizes_leaves_the_channels_free(function):
+@pytest.mark.parametrize("function", [lambda x: x / x.shape[0], lambda x: x.nan_to_num(torch.nan)])
+def test_code_that_computes_with_other_numbers_leaves_the_channels_free(function):
     assert [g.name for g in graph_of(Between(function)).groups] == ["first"]
 
 

@@ -23,11 +23,12 @@ class _Run(NamedTuple):
 
     Attributes:
         shapes: of the outputs.
-        numbers: (operator, numbers) of every elementwise operator that takes any, in order.
+        numbers: (operator, numbers) of every elementwise operator that takes any, in order; the
+            numbers as text, so that NaN equals NaN.
     """
 
     shapes: Any
-    numbers: list[tuple[str, tuple[float, ...]]]
+    numbers: list[tuple[str, tuple[str, ...]]]
 
 
 class _Numbers(TorchDispatchMode):
@@ -35,13 +36,13 @@ class _Numbers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, tuple[float, ...]]] = []
+        self.found: list[tuple[str, tuple[str, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.Tag.pointwise in func.tags:
             values = (*args, *kwargs.values())
-            numbers = tuple(v for v in values if type(v) in (int, float))
+            numbers = tuple(repr(v) for v in values if type(v) in (int, float))
             if numbers:
                 self.found.append((func.overloadpacket.__name__, numbers))
         return func(*args, **kwargs)
@@ -124,7 +125,7 @@ def _difference(expected: _Run, found: _Run) -> str:
             break
         for a, b in zip(before[1], after[1], strict=False):
             if a != b:
-                return f"{before[0]} computes with {a:g}, with fewer channels {b:g}"
+                return f"{before[0]} computes with {a}, with fewer channels {b}"
     return "it computes with other numbers with fewer channels"
 
 
