@@ -62,13 +62,6 @@ def complaint(capsys, arguments):
     return error
 
 
-def assert_same_file(first, second):
-    with safe_open(first, "pt") as a, safe_open(second, "pt") as b:
-        assert a.metadata() == b.metadata()
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118
-
-
 def test_prune_then_evaluate(inputs, tmp_path, capsys):
     output = tmp_path / "run"
     assert cli.main(prune_command(inputs, output, epochs=1)) == 0
@@ -147,7 +140,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(
     assert not (broken / "report.json").exists() and not list(broken.glob(".*"))
 
     assert cli.main(prune_command(inputs, broken, epochs=1)) == 0
-    assert_same_file(broken / "slim.safetensors", whole / "slim.safetensors")
+    assert (broken / "slim.safetensors").read_bytes() == (whole / "slim.safetensors").read_bytes()
 
 
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, capsys):
