@@ -126,6 +126,8 @@ def run(
     folder = RunFolder(output, {**_plain(settings), **contents})
     finished = folder.read("report.json", dict)
     if finished is not None:
+        if not isinstance(finished.get("stages"), list):
+            raise InputError(f"{folder.path / 'report.json'} is damaged; remove it to go on")
         say(f"{folder.path} already holds this run's result")
         return finished
     recorder = _Recorder(folder, test, example, settings.batch_size, progress, say)

@@ -196,6 +196,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
         ("plan.json", "{}"),
         ("statistics.pt", "text"),
         ("report.json", "[]"),
+        ("report.json", "{}"),
     ],
 )
 def test_a_damaged_run_folder_is_refused(name, content, inputs, tmp_path, capsys, monkeypatch):
