@@ -33,6 +33,14 @@ class _Source:
     def name(self) -> str:
         return f"the {self.tap.port} of module {self.tap.module!r}"
 
+    def parts(self, a: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Of the tensor's derivatives [N, C] those of each group."""
+        for k, (group, index) in enumerate(self.readers):
+            if index is not None and index.device != a.device:  # once, not in every batch
+                index = index.to(a.device)
+                self.readers[k] = (group, index)
+            yield group, a if index is None else a.index_select(1, index)
+
     def derivatives(self, values: Tensor, gradient: Tensor) -> Tensor:
         """[N, C]: the loss's derivative along each channel of the tensor (or of its filter)."""
         a = ops.channel_dot(values, gradient, self.tap.channel_dim)
@@ -189,10 +197,8 @@ class Observer(Generic[Forward]):
             raise RuntimeError(
                 f"collect: {source.name} was changed in place after the model's forward pass"
             )
-        a = source.derivatives(values, gradient)
-        for group, index in source.readers:
-            part = a if index is None else a.index_select(1, index.to(a.device))
-            self._deliver(forward, group, part)
+        for group, a in source.parts(source.derivatives(values, gradient)):
+            self._deliver(forward, group, a)
 
 
 class _RequireGradient(torch.autograd.Function):

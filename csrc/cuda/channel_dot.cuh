@@ -42,6 +42,18 @@ __device__ __forceinline__ Offset position_offset(const ChannelDotLayout& layout
   return offset + offset_in(layout.position[0], index);
 }
 
+// sums[v] += the products of the v-th elements of all loads.
+template <class T, int kVector, int kLoads>
+__device__ __forceinline__ void add_products(const Packed<T, kVector> (&xs)[kLoads],
+                                             const Packed<T, kVector> (&gs)[kLoads],
+                                             Accumulator<T> (&sums)[kVector]) {
+#pragma unroll
+  for (int load = 0; load < kLoads; ++load)
+#pragma unroll
+    for (int v = 0; v < kVector; ++v)
+      sums[v] += widen(xs[load].element[v]) * widen(gs[load].element[v]);
+}
+
 template <class T_, int kVector_, int kThreadsPerRow_, bool kStrided_>
 struct RowTraits {
   using T = T_;
@@ -73,11 +85,7 @@ __device__ __forceinline__ Accumulator<T> partial_row_sum(const T* x, const T* g
       xs[load] = load_packed<T, kVector>(x + offset.x);
       gs[load] = load_packed<T, kVector>(g + offset.g);
     }
-#pragma unroll
-    for (int load = 0; load < kLoads; ++load)
-#pragma unroll
-      for (int v = 0; v < kVector; ++v)
-        sums[v] += widen(xs[load].element[v]) * widen(gs[load].element[v]);
+    add_products(xs, gs, sums);
   }
   for (int v = 1; v < kVector; ++v) sums[0] += sums[v];
   return sums[0];
@@ -161,11 +169,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         xs[load] = load_packed<T, kVector>(x + offset.x);
         gs[load] = load_packed<T, kVector>(g + offset.g);
       }
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load)
-#pragma unroll
-        for (int v = 0; v < kVector; ++v)
-          acc[v] += widen(xs[load].element[v]) * widen(gs[load].element[v]);
+      add_products(xs, gs, acc);
     }
     for (int v = 0; v < kVector; ++v) shared[v][threadIdx.x] = acc[v];
     __syncthreads();
