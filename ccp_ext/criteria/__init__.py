@@ -11,8 +11,11 @@ from __future__ import annotations
 from ccp_ext.criteria import (  # noqa: F401  (they register)
     activation,
     ccp,
+    gates,
     magnitude,
+    propagation,
     random,
+    reconstruction,
     similarity,
     taylor,
 )
