@@ -22,7 +22,6 @@ class Consumers:
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.channels = group.channels
-        self.samples = 0
         self._parts = [
             _Consumer(model.get_submodule(part.module), part.module, part.index)
             for part in group.consumers
@@ -133,8 +132,7 @@ class OSSCAR(_Reconstruction):
 
     def _cost(self, consumers: Consumers) -> Cost:
         problems = self._problems(consumers)
-        alone = sum(p.pairs().diagonal() for p in problems)
-        return refitted_cost(problems, Cost(u=-alone))
+        return refitted_cost(problems, Cost(u=-sum(p.singles() for p in problems)))
 
 
 @register
