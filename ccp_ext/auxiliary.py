@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class AuxiliaryHeads(nn.Module):
         super().__init__()
         self.taps = taps
         self.heads = nn.ModuleList(Head(c, num_classes) for c in channels)
-        self._seen: dict[Tap, Tensor] = {}
+        self._logits: dict[Tap, Tensor] = {}
 
     @classmethod
     def spread(
@@ -78,23 +79,19 @@ class AuxiliaryHeads(nn.Module):
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the heads see every forward pass of the model."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._seen.clear)
-            for tap in self.taps:
-                stack.callback(read_at(model, tap, self._reader(tap)).remove)
+            stack.callback(self._logits.clear)
+            for tap, head in zip(self.taps, self.heads, strict=True):
+                stack.callback(read_at(model, tap, partial(self._read, tap, head)).remove)
             yield
 
     def forward(self) -> list[Tensor]:
         """The heads' logits for the model's last forward pass."""
-        return [
-            head(self._seen[tap].movedim(tap.channel_dim, 1))
-            for head, tap in zip(self.heads, self.taps, strict=True)
-        ]
+        return [self._logits[tap] for tap in self.taps]
 
-    def _reader(self, tap: Tap):
-        def read(x: Tensor) -> None:
-            self._seen[tap] = x
-
-        return read
+    def _read(self, tap: Tap, head: Head, x: Tensor) -> None:
+        # At once, since the model may change the tensor in place.
+        with torch.set_grad_enabled(self.training or torch.is_grad_enabled()):
+            self._logits[tap] = head(x.movedim(tap.channel_dim, 1))
 
 
 def train_heads(
