@@ -32,8 +32,8 @@ class RefitProblem:
     def __init__(self, H: Tensor, W: Tensor, channels: int, ridge: float) -> None:
         H, self.W = H.detach().double(), W.detach().double()
         mean = H.diagonal().mean()
-        # Where all inputs are zero nothing is lost, whatever the scale.
-        shift = ridge * mean if mean > 0 else 1.0
+        # Where all inputs are zero nothing can be lost.
+        shift = ridge * mean if mean > 0 else 1e-30
         self.H = H + shift * torch.eye(len(H), dtype=H.dtype, device=H.device)
         self.channels = channels
         self.block = len(H) // channels
