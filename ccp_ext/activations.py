@@ -39,7 +39,7 @@ class View:
     positions: tuple[tuple[int, ...], ...] | None = None
 
     def maps(self, tensor: Tensor) -> Tensor:
-        """The group's maps ``[N, C, ...]`` in the tensor; ``[N, C]`` where there is one position."""
+        """The group's maps ``[N, C, ...]`` in the tensor, ``[N, C]`` of single positions."""
         maps = tensor.detach().movedim(self.tap.channel_dim, 1)
         if self.positions is None:
             return maps
@@ -48,10 +48,13 @@ class View:
         return owned.squeeze(2) if index.shape[1] == 1 else owned
 
 
+Reader = tuple[Tap, Callable[[Tensor], None]]
+
+
 class Accumulator(Protocol):
     """Sums up what it sees of one group."""
 
-    def readers(self) -> Iterable[tuple[Tap, Callable[[Tensor], None]]]:
+    def readers(self) -> Iterable[Reader]:
         """The tensors to see, each with the function that gets it in every forward pass."""
         ...
 
@@ -63,7 +66,9 @@ def map_views(model: nn.Module, group: Group) -> tuple[View, ...]:
     addition and so before its activation; these channels are read where the consumers read them.
     """
     if not group.coupled:
-        indices = [None if t.index is None else tuple((i,) for i in t.index) for t in group.gate_taps]
+        indices = [
+            None if t.index is None else tuple((i,) for i in t.index) for t in group.gate_taps
+        ]
         return tuple(map(View, group.gate_taps, indices))
     return tuple(
         View(input_tap(model.get_submodule(part.module), part.module), part.index)
@@ -148,10 +153,14 @@ def observe(
 def read_at(
     model: nn.Module, tap: Tap, receive: Callable[[Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Let ``receive`` have the tensor at ``tap`` in every forward pass, before others change it."""
+    """Let ``receive`` have the tensor at ``tap`` in every forward pass, before others change it.
+
+    Raises:
+        InputError: the model lacks the module.
+    """
     module = dict(model.named_modules()).get(tap.module)
     if module is None:
-        raise InputError(f"observe: the model has no module {tap.module!r}")
+        raise InputError(f"the model has no module {tap.module!r} whose {tap.port} could be read")
     if tap.port == "input":
 
         def read_input(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,8 +1,8 @@
 """Repair of a pruned model without training.
 
-:func:`fold_means` puts the means of what was removed into the next layer's bias, :func:`refit`
-solves each layer behind a cut anew by least squares, and :func:`reestimate_batchnorm` measures the
-BatchNorm statistics again; in this order.
+:func:`fold_means` puts the means of what was removed into the next layer's bias; :func:`refit`
+solves each layer behind a cut anew by least squares, the constant included; and
+:func:`reestimate_batchnorm` measures the BatchNorm statistics again, after either of them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def refit(
         raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
     layers = _cut_layers(model, slim, images)
     bar = tqdm(layers, "refit", disable=not progress, leave=False)
-    return {layer.path: _refit_layer(model, slim, layer, images, ridge, batch_size) for layer in bar}
+    return {
+        layer.path: _refit_layer(model, slim, layer, images, ridge, batch_size) for layer in bar
+    }
 
 
 @dataclasses.dataclass
@@ -193,6 +195,11 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     plan = getattr(slim, "ccp_plan", None)
     if plan is None or plan.fingerprint != fingerprint(model):
         raise InputError("compensation: slim must be the given model after ccp_ext.prune")
+    if place(slim, None) != place(model, None):
+        raise InputError(
+            f"compensation: the model is on {place(model, None)}, slim on {place(slim, None)}; put "
+            "both on one device"
+        )
     modules, plain_modules = dict(slim.named_modules()), dict(model.named_modules())
     device = place(slim, None)
     layers = {}
@@ -320,7 +327,7 @@ class _Regression:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right`` of a semidefinite matrix; the least of the solutions if it is singular."""
+    """``matrix^-1 right`` for a semidefinite matrix; the least solution if it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     negligible = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()

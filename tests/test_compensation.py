@@ -260,7 +260,11 @@ def distance(model: nn.Module, slim: nn.Module, data: ImageSet) -> float:
     return float((outputs(slim, data) - expected).norm() / expected.norm())
 
 
-BEHIND = [{"bias": True, "norm": False}, {"bias": False, "norm": True}, {"bias": True, "norm": True}]
+BEHIND = [
+    {"bias": True, "norm": False},
+    {"bias": False, "norm": True},
+    {"bias": True, "norm": True},
+]
 
 
 @pytest.mark.parametrize("behind", BEHIND)
@@ -342,9 +346,7 @@ def test_a_refit_goes_through_a_residual_network_in_order():
     before = distance(model, slim, data)
     assert fold_means(model, folded, data, progress=False) == 7
     left = refit(model, slim, data, progress=False)
-    assert list(left) == [
-        f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)
-    ] + ["linear"]
+    assert list(left) == [f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)] + ["linear"]
     assert all(0 <= share < 1 for share in left.values())
     assert distance(model, slim, data) < distance(model, folded, data) < before
     again = ccp_ext.prune(copy.deepcopy(model), plan)

@@ -91,7 +91,7 @@ def test_observing_leaves_the_model_as_it_was():
 
 def test_a_module_that_the_model_lacks_is_named(subject):
     model, graph, images = subject
-    with pytest.raises(InputError, match="no module 'layer1.0.relu'"):
+    with pytest.raises(InputError, match="no module 'layer1.0.relu' whose output"):
         observe(Shared(), {"g": Keep(model, graph.inner.groups[0])}, [], progress=False)
 
 

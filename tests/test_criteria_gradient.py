@@ -88,9 +88,7 @@ def rearranged(rows, r):
     removed = squares.argsort(stable=True)[:r].tolist()
     for offered in sorted(set(range(rows.shape[1])) - set(removed)):
         removed.append(offered)
-        lengths = {
-            k: float(sum(rows[:, j] for j in removed if j != k).norm()) for k in removed
-        }
+        lengths = {k: float(sum(rows[:, j] for j in removed if j != k).norm()) for k in removed}
         removed.remove(min(lengths, key=lengths.get))
     return sorted(removed)
 
@@ -136,7 +134,9 @@ def test_group_fisher_divides_by_what_a_channel_costs():
 
 
 def test_group_fisher_refuses_another_normalisation():
-    with pytest.raises(InputError, match="normalise must be one of memory, macs, none; got 'flops'"):
+    with pytest.raises(
+        InputError, match="normalise must be one of memory, macs, none; got 'flops'"
+    ):
         criteria.get("group-fisher", criteria.Options(normalise="flops"))
 
 

@@ -83,7 +83,9 @@ def test_thinet_of_coupled_channels_adds_the_layers_that_read_them():
 
 def test_thinet_of_concatenated_and_flattened_channels():
     model = lively(Concat()).eval()
-    assert_thinet_costs_are_the_lost_outputs(model, trace(model, torch.randn(1, 3, 8, 8)), noise(6, 8))
+    assert_thinet_costs_are_the_lost_outputs(
+        model, trace(model, torch.randn(1, 3, 8, 8)), noise(6, 8)
+    )
 
 
 # --- LASSO ---------------------------------------------------------------------------------------

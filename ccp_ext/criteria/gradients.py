@@ -176,7 +176,9 @@ class HessianProduct(GradientObservation):
         with gradients_only_of(self._weights, self.model):
             loss = cross_entropy(self.model(x), y, reduction="sum")
             gradients = torch.autograd.grad(loss, self._weights, create_graph=True)
-            along = sum((g * w.detach()).sum() for g, w in zip(gradients, self._weights, strict=True))
+            along = sum(
+                (g * w.detach()).sum() for g, w in zip(gradients, self._weights, strict=True)
+            )
             products = torch.autograd.grad(along, self._weights)
         for (g_sum, p_sum), g, p in zip(self._sums, gradients, products, strict=True):
             g_sum += g.detach()

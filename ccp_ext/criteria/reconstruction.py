@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.activations import Activations, input_tap, patch_columns, patch_gram
+from ccp_ext.activations import Activations, Reader, input_tap, patch_columns, patch_gram
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.criteria.refitting import RefitProblem, greedy_order
@@ -27,7 +27,7 @@ class Consumers:
             for part in group.consumers
         ]
 
-    def readers(self) -> Iterator:
+    def readers(self) -> Iterator[Reader]:
         for part in self._parts:
             yield input_tap(part.layer, part.path), part.add
 
@@ -104,7 +104,7 @@ class ThiNet(_Reconstruction):
 
 @register
 class ChannelPruning(_Reconstruction):
-    """min over b of 1/2 ||Y - sum_i b_i Y_i||^2 + lambda ||b||_1, with as many b_i as shall stay."""
+    """min over b of 1/2 ||Y - sum_i b_i Y_i||^2 + lambda ||b||_1; nonzero b_i stay."""
 
     name = "channel-pruning"
     source = "He et al., ICCV 2017 (Channel Pruning)"
@@ -137,7 +137,7 @@ class OSSCAR(_Reconstruction):
 
 @register
 class Refit(_Reconstruction):
-    """cost = sum_i c_i m_i + sum_{i<j} (c_ij - c_i - c_j) m_i m_j, exact for one and two channels."""
+    """sum_i c_i m_i + sum_{i<j} (c_ij - c_i - c_j) m_i m_j, exact for one and two channels."""
 
     name = "refit"
     source = "this package; block OBS (Hassibi and Stork, NeurIPS 1993) as a pairwise cost"
@@ -227,9 +227,7 @@ def _next_event(
 ) -> tuple[float, int | None]:
     """How far lambda falls until a channel enters or leaves the support, and which one."""
     slope = gram[:, support] @ direction
-    enter = torch.stack(
-        [(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)]
-    )
+    enter = torch.stack([(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)])
     enter[~(enter > 1e-12 * level)] = torch.inf
     steps = enter.amin(0)
     leave = -b[support] / direction

@@ -75,7 +75,9 @@ def _drop_from_closest_pairs(similarity: Tensor, r: int) -> Tensor:
         pair = divmod(int(left.argmax()), len(left))
         sums = left.nan_to_num(neginf=0.0).sum(1)
         # A last channel has no partner; there is nothing to compare.
-        gone = max(pair, key=lambda i: float(sums[i])) if kept.sum() > 1 else int(kept.int().argmax())
+        gone = (
+            max(pair, key=lambda i: float(sums[i])) if kept.sum() > 1 else int(kept.int().argmax())
+        )
         removed[gone] = True
         left[gone] = left[:, gone] = -torch.inf
     return removed
