@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ccp_ext.activations import input_tap, patch_blocks, read_at
+from ccp_ext.activations import input_tap, patch_cross, patch_gram, read_at
 from ccp_ext.cutting import fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
@@ -100,11 +100,9 @@ def fold_means(
         InputError: ``slim`` is not a pruned ``model``.
     """
     layers = [layer for layer in _cut_layers(model, slim, images) if layer.takes_constant]
-    means = _patch_means(model, layers, images, batch_size, progress)
+    means = _lost_means(model, layers, images, batch_size, progress)
     for layer in layers:
-        gone = layer.removed_columns()
-        weight = layer.plain.weight.detach().flatten(1).double()[layer.outputs]
-        layer.set_constant(weight[:, gone] @ means[layer.path][gone])
+        layer.set_constant(means[layer.path])
     return len(layers)
 
 
@@ -173,11 +171,14 @@ class _CutLayer:
     def takes_constant(self) -> bool:
         return self.slim.bias is not None or self.norms is not None
 
-    def removed_columns(self) -> Tensor:
-        """Of the plain weight, flattened to ``[O, columns]``, those of the removed inputs."""
-        gone = torch.ones(self.plain.weight.shape[1], dtype=torch.bool, device=self.inputs.device)
+    def lost(self, x: Tensor) -> Tensor:
+        """Of the plain input x, what the removed channels contribute to the outputs that stay."""
+        gone = torch.ones(self.plain.weight.shape[1], dtype=torch.bool, device=x.device)
         gone[self.inputs] = False
-        return gone.repeat_interleave(self.plain.weight[0, 0].numel())
+        weight = self.plain.weight[self.outputs][:, gone]
+        if isinstance(self.plain, nn.Linear):
+            return nn.functional.linear(x[..., gone], weight).movedim(-1, 1)
+        return self.plain._conv_forward(x[:, gone], weight, None)
 
     def set_constant(self, constant: Tensor, *, with_bias: bool = False) -> None:
         """Let the layer add ``constant`` [O]; ``with_bias``: the plain bias is in it already."""
@@ -233,16 +234,16 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     return order
 
 
-def _patch_means(
+def _lost_means(
     model: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
-    """The mean patch, float64 ``[columns]``, that each layer of the plain model reads."""
+    """The mean, float64 ``[O]``, of what each layer's removed inputs contribute in ``model``."""
     sums = {layer.path: [0.0, 0] for layer in layers}
 
     def add(layer: _CutLayer, x: Tensor) -> None:
-        for _, block in patch_blocks(layer.plain, x):
-            sums[layer.path][0] += block.sum((0, 1), dtype=torch.float64)
-            sums[layer.path][1] += block.shape[0] * block.shape[1]
+        lost = layer.lost(x).transpose(0, 1).flatten(1)
+        sums[layer.path][0] += lost.sum(1, dtype=torch.float64)
+        sums[layer.path][1] += lost.shape[1]
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -265,6 +266,7 @@ def _refit_layer(
     batch_size: int,
 ) -> float:
     sums = _Regression()
+    channel = input_tap(layer.slim, layer.path).channel_dim
     with (
         _evaluating(model),
         _evaluating(slim),
@@ -277,7 +279,8 @@ def _refit_layer(
                 with contextlib.suppress(_Reached):
                     network(_example(network, x))
             for seen, wanted in zip(inputs, targets, strict=True):
-                _add_layer(sums, layer, seen, wanted)
+                kept = wanted.index_select(channel, layer.outputs)
+                sums.add(layer.slim, seen, kept)
     weight, constant, unexplained = sums.solve(
         layer.slim.weight.detach().flatten(1).double(), ridge, layer.takes_constant
     )
@@ -287,30 +290,24 @@ def _refit_layer(
     return unexplained
 
 
-def _add_layer(sums: _Regression, layer: _CutLayer, x: Tensor, y: Tensor) -> None:
-    if layer.slim.weight.dim() > 2:
-        y = y.flatten(2).mT
-    y = y.reshape(len(x), -1, y.shape[-1]).index_select(2, layer.outputs)
-    for samples, block in patch_blocks(layer.slim, x):
-        sums.add(block.flatten(0, 1), y[samples].flatten(0, 1))
-
-
 class _Regression:
-    """Sums for the least squares of y ``[M, O]`` on x ``[M, F]``, in float64."""
+    """Sums, in float64, for the least squares of a layer's outputs y on its input patches x."""
 
     def __init__(self) -> None:
         self.count = 0
         self.x = self.y = self.xx = self.xy = self.yy = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, y = x.to(dtype), y.to(dtype)
-        self.count += len(x)
-        self.x = self.x + x.sum(0, dtype=torch.float64)
-        self.y = self.y + y.sum(0, dtype=torch.float64)
-        self.xx = self.xx + (x.T @ x).double()
-        self.xy = self.xy + (x.T @ y).double()
-        self.yy = self.yy + y.square().sum(0, dtype=torch.float64)
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """y: the wanted output of the layer for the input x."""
+        channel = input_tap(layer, "").channel_dim % y.dim()
+        ones = torch.ones_like(y.narrow(channel, 0, 1))
+        others = [d for d in range(y.dim()) if d != channel]
+        self.count += ones.numel()
+        self.x = self.x + patch_cross(layer, x, ones).squeeze(1)
+        self.y = self.y + y.sum(others, dtype=torch.float64)
+        self.xx = self.xx + patch_gram(layer, x)
+        self.xy = self.xy + patch_cross(layer, x, y)
+        self.yy = self.yy + y.square().sum(others, dtype=torch.float64)
 
     def solve(self, old: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
         """Weight ``[O, F]``, constant ``[O]``, and the share of y's variance not explained."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccp_ext.errors import InputError
 from ccp_ext.selection import Choice, select
 
 
@@ -75,6 +76,12 @@ class SearchedCost(Cost):
         return super().objective(removed) if self.loss is None else self.loss(removed)
 
     def choose(self, r: int, **options: Any) -> Choice:
-        """What the criterion's search finds; the options of a solver have no effect."""
+        """What the criterion's search finds; the options of a solver have no effect.
+
+        Raises:
+            InputError: ``r`` is not within 0 to C.
+        """
+        if not 0 <= r <= self.channels:
+            raise InputError(f"choose: r must lie within 0 to C = {self.channels}; got {r!r}")
         removed = self.search(r)
         return Choice(removed, self.objective(removed), -math.inf, "heuristic", "search")

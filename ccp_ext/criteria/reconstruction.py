@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.activations import Activations, Reader, input_tap, patch_columns, patch_gram
+from ccp_ext.activations import Activations, Reader, input_tap, patch_gram
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.criteria.refitting import RefitProblem, greedy_order
@@ -29,7 +29,7 @@ class Consumers:
 
     def readers(self) -> Iterator[Reader]:
         for part in self._parts:
-            yield input_tap(part.layer, part.path), part.add
+            yield part.tap, part.add
 
     def problems(self, ridge: float) -> list[RefitProblem]:
         return [RefitProblem(p.moments, p.weight, self.channels, ridge) for p in self._parts]
@@ -51,24 +51,24 @@ class Consumers:
 
 class _Consumer:
     def __init__(self, layer: nn.Module, path: str, positions: tuple[tuple[int, ...], ...]) -> None:
-        self.layer, self.path = layer, path
-        self.columns = patch_columns(layer, positions).flatten()
-        self.total: Tensor | float = 0.0
-        self.samples = 0
+        self.layer, self.tap = layer, input_tap(layer, path)
+        self._channels = torch.tensor(positions, device=layer.weight.device).flatten()
+        self._total: Tensor | float = 0.0
+        self._samples = 0
 
     def add(self, x: Tensor) -> None:
-        self.total = self.total + patch_gram(self.layer, x.detach(), self.columns)
-        self.samples += len(x)
+        x = x.detach().index_select(self.tap.channel_dim, self._channels)
+        self._total = self._total + patch_gram(self.layer, x)
+        self._samples += len(x)
 
     @property
     def moments(self) -> Tensor:
         """Summed over positions, averaged over the samples."""
-        return self.total / self.samples
+        return self._total / self._samples
 
     @property
     def weight(self) -> Tensor:
-        weight = self.layer.weight.detach().flatten(1).double()
-        return weight[:, self.columns.to(weight.device)]
+        return self.layer.weight.detach()[:, self._channels].flatten(1).double()
 
 
 class _Reconstruction(Criterion):
