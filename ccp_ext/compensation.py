@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ccp_ext.activations import input_tap, patch_cross, patch_gram, read_at
+from ccp_ext.activations import Reader, input_tap, patch_cross, patch_gram, read_at
 from ccp_ext.cutting import fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
@@ -112,6 +112,7 @@ def refit(
     images: ImageSet,
     *,
     ridge: float = 1e-3,
+    together: int = 1,
     batch_size: int = 128,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -125,27 +126,36 @@ def refit(
 
     with lambda = ``ridge`` times the mean diagonal of XX'. The constant b goes where
     :func:`fold_means` puts it; that BatchNorm gets the plain model's statistics apart from the
-    shift. One pass over the images a layer, which ends at the layer. Sums are kept in float64.
+    shift. Every pass over the images ends at the layer that it is for. Sums are kept in float64.
 
     Args:
         model: the plain model.
         slim: the pruned one, from :func:`ccp_ext.prune`; changed in place.
         images: training images.
         ridge: weight of the old values, at least 0.
+        together: layers that share a pass, at least 1. They do not see each other's refit: fewer
+            passes, but errors add up again within them.
 
     Returns:
         By layer, the share of its outputs' variance that the refit leaves unexplained.
 
     Raises:
-        InputError: ``slim`` is not a pruned ``model``, or ``ridge`` is negative.
+        InputError: ``slim`` is not a pruned ``model``, or an option is out of range.
     """
     if not ridge >= 0:
         raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
+    if together < 1:
+        raise InputError(f"refit: together must be an integer of 1 or more, got {together!r}")
     layers = _cut_layers(model, slim, images)
-    bar = tqdm(layers, "refit", disable=not progress, leave=False)
-    return {
-        layer.path: _refit_layer(model, slim, layer, images, ridge, batch_size) for layer in bar
-    }
+    unexplained: dict[str, float] = {}
+    bar = tqdm(range(0, len(layers), together), "refit", disable=not progress, leave=False)
+    for first in bar:
+        some = layers[first : first + together]
+        for layer, sums in zip(
+            some, _regressions(model, slim, some, images, batch_size), strict=True
+        ):
+            unexplained[layer.path] = _fit(layer, sums, ridge)
+    return unexplained
 
 
 @dataclasses.dataclass
@@ -257,33 +267,37 @@ def _lost_means(
     return {path: total / count for path, (total, count) in sums.items()}
 
 
-def _refit_layer(
-    model: nn.Module,
-    slim: nn.Module,
-    layer: _CutLayer,
-    images: ImageSet,
-    ridge: float,
-    batch_size: int,
-) -> float:
-    sums = _Regression()
-    channel = input_tap(layer.slim, layer.path).channel_dim
-    with (
-        _evaluating(model),
-        _evaluating(slim),
-        _recorded(model, Tap(layer.path), layer.calls) as targets,
-        _recorded(slim, input_tap(layer.slim, layer.path), layer.calls) as inputs,
-    ):
+def _regressions(
+    model: nn.Module, slim: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int
+) -> list[_Regression]:
+    """Of each layer, the sums over the images of its slim inputs and plain outputs."""
+    sums = [_Regression() for _ in layers]
+    targets: list[list[Tensor]] = [[] for _ in layers]  # of the calls in one pass
+
+    def keep(k: int, output: Tensor) -> None:
+        layer = layers[k]
+        channel = input_tap(layer.plain, layer.path).channel_dim
+        targets[k].append(output.index_select(channel, layer.outputs))
+
+    def add(k: int, x: Tensor) -> None:
+        sums[k].add(layers[k].slim, x, targets[k].pop(0))
+
+    calls = sum(layer.calls for layer in layers)
+    outputs = [(Tap(layer.path), partial(keep, k)) for k, layer in enumerate(layers)]
+    inputs = [
+        (input_tap(layer.slim, layer.path), partial(add, k)) for k, layer in enumerate(layers)
+    ]
+    with _read(model, outputs, calls) as run_plain, _read(slim, inputs, calls) as run_slim:
         for x, _ in images.batches(batch_size):
-            for network, recorded in ((model, targets), (slim, inputs)):
-                recorded.clear()
-                with contextlib.suppress(_Reached):
-                    network(_example(network, x))
-            for seen, wanted in zip(inputs, targets, strict=True):
-                kept = wanted.index_select(channel, layer.outputs)
-                sums.add(layer.slim, seen, kept)
-    weight, constant, unexplained = sums.solve(
-        layer.slim.weight.detach().flatten(1).double(), ridge, layer.takes_constant
-    )
+            run_plain(x)
+            run_slim(x)
+    return sums
+
+
+def _fit(layer: _CutLayer, sums: _Regression, ridge: float) -> float:
+    """Give the layer its new weight and constant; returns the share of variance not explained."""
+    old = layer.slim.weight.detach().flatten(1).double()
+    weight, constant, unexplained = sums.solve(old, ridge, layer.takes_constant)
     layer.slim.weight.data.copy_(weight.view_as(layer.slim.weight))
     if layer.takes_constant:
         layer.set_constant(constant, with_bias=True)
@@ -335,25 +349,34 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 class _Reached(Exception):
-    """The layer was reached; the rest of the forward pass is not needed."""
+    """All tensors were read; the rest of the forward pass is not needed."""
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, tap: Tap, calls: int) -> Iterator[list[Tensor]]:
-    """The tensors at the tap of a forward pass, which ends with the last of ``calls``."""
-    seen: list[Tensor] = []
+def _read(
+    model: nn.Module, readers: list[Reader], calls: int
+) -> Iterator[Callable[[Tensor], None]]:
+    """A function that runs the model on images until ``calls`` tensors were read."""
+    left = 0
 
-    def keep(tensor: Tensor) -> None:
-        # Before another call the model may change the tensor in place.
-        seen.append(tensor.detach() if calls == 1 else tensor.detach().clone())
-        if len(seen) == calls:
+    def read(receive: Callable[[Tensor], None], tensor: Tensor) -> None:
+        nonlocal left
+        receive(tensor)
+        left -= 1
+        if not left:
             raise _Reached
 
-    handle = read_at(model, tap, keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def run(x: Tensor) -> None:
+        nonlocal left
+        left = calls
+        with contextlib.suppress(_Reached):
+            model(_example(model, x))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for tap, receive in readers:
+            stack.callback(read_at(model, tap, partial(read, receive)).remove)
+        yield run
 
 
 @contextlib.contextmanager

@@ -336,6 +336,23 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     assert list(left) == ["2", "6"]
 
 
+def test_layers_refitted_together_do_not_see_each_others_refit():
+    model, data = convolutions(bias=True, norm=False), image_set(100)
+    slim = pruned(model, {"0": [0, 2, 3], "2": [1, 2, 4]})
+    alone = copy.deepcopy(slim)
+    with torch.no_grad():
+        x = slim[:-1](data.normalise(data.images).double())
+    target = outputs(model, data)
+    refit(model, alone, data, ridge=0.0, progress=False)
+    refit(model, slim, data, ridge=0.0, together=2, batch_size=20, progress=False)
+    torch.testing.assert_close(slim[2].weight, alone[2].weight)
+    system = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    fitted = system @ torch.linalg.lstsq(system, target).solution
+    with torch.no_grad():
+        torch.testing.assert_close(slim[-1](x), fitted)
+        assert not torch.allclose(alone[-1](x), fitted)
+
+
 def test_a_refit_goes_through_a_residual_network_in_order():
     model = lively(ccp_ext.models.create("resnet8")).eval()
     data = image_set(24, 16)
@@ -410,3 +427,5 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
             repair(plain, other, data, progress=False)
     with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
         refit(model, slim, data, ridge=-1)
+    with pytest.raises(InputError, match="together must be an integer of 1 or more, got 0"):
+        refit(model, slim, data, together=0)
