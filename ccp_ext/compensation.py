@@ -85,8 +85,8 @@ def fold_means(
     """Give each layer of ``slim`` behind a cut the mean of what the removed inputs contributed.
 
     The mean over images and output positions goes to the layer's bias, or where it has none, to
-    the running mean of the BatchNorm that reads its output. Exact for removed channels that are
-    constant, except where a convolution pads them.
+    the running mean of the BatchNorm that reads its output, and that nothing else should read.
+    Exact for removed channels that are constant, except where a convolution pads them.
 
     Args:
         model: the plain model.
@@ -151,9 +151,8 @@ def refit(
     bar = tqdm(range(0, len(layers), together), "refit", disable=not progress, leave=False)
     for first in bar:
         some = layers[first : first + together]
-        for layer, sums in zip(
-            some, _regressions(model, slim, some, images, batch_size), strict=True
-        ):
+        regressions = _regressions(model, slim, some, images, batch_size)
+        for layer, sums in zip(some, regressions, strict=True):
             unexplained[layer.path] = _fit(layer, sums, ridge)
     return unexplained
 
@@ -165,7 +164,7 @@ class _CutLayer:
     Attributes:
         plain, slim: the layer in both models.
         outputs, inputs: what stays of the plain one's.
-        norms: the BatchNorm, in both models, that reads the output.
+        norms: by path the BatchNorm layers, in both models, that read the output.
         calls: in one forward pass.
     """
 
@@ -175,11 +174,11 @@ class _CutLayer:
     outputs: Tensor
     inputs: Tensor
     calls: int = 0
-    norms: tuple[_BatchNorm, _BatchNorm] | None = None
+    norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
 
     @property
     def takes_constant(self) -> bool:
-        return self.slim.bias is not None or self.norms is not None
+        return self.slim.bias is not None or bool(self.norms)
 
     def lost(self, x: Tensor) -> Tensor:
         """Of the plain input x, what the removed channels contribute to the outputs that stay."""
@@ -195,8 +194,8 @@ class _CutLayer:
         if self.slim.bias is not None:
             own = 0.0 if with_bias else self.plain.bias.detach()[self.outputs]
             self.slim.bias.data.copy_(own + constant)
-        else:
-            plain, slim = self.norms
+            return
+        for plain, slim in self.norms.values():
             slim.running_mean.copy_(plain.running_mean[self.outputs] - constant)
             slim.running_var.copy_(plain.running_var[self.outputs])
 
@@ -231,7 +230,7 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
 
     def enter(path: str, x: Tensor) -> None:
         if id(x) in made:
-            made[id(x)][0].norms = plain_modules[path], modules[path]
+            made[id(x)][0].norms[path] = plain_modules[path], modules[path]
 
     with contextlib.ExitStack() as stack:
         for path, layer in layers.items():

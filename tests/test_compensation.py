@@ -289,6 +289,37 @@ def test_folding_leaves_the_mean_over_images_and_positions_as_it_was():
     torch.testing.assert_close(*means)
 
 
+def test_folding_into_a_batchnorm_starts_from_the_plain_models_statistics():
+    model, data = convolutions(bias=False, norm=True), image_set()
+    model[0].weight.data[1], model[0].bias.data[1] = 0, 0.8
+    slim = pruned(model, {"0": [0, 2, 3, 4, 5]})
+    batches = data.normalise(data.images).double().split(16)
+    reestimate_batchnorm(slim, batches, progress=False)
+    assert distance(model, slim, data) > 1e-3
+    fold_means(model, slim, data, progress=False)
+    assert distance(model, slim, data) < 1e-12
+
+
+def test_every_batchnorm_behind_a_layer_gets_its_constant():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+            self.second = nn.Conv2d(4, 5, 1, bias=False)
+            self.left, self.right = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            x = self.second(torch.relu(self.first(x)))
+            return self.left(x).tanh() - self.right(x).sigmoid()
+
+    torch.manual_seed(0)
+    model, data = lively(Two()).double().eval(), image_set()
+    model.first.weight.data[1], model.first.bias.data[1] = 0, 0.8
+    slim = pruned(model, {"first": [0, 2, 3]})
+    fold_means(model, slim, data, progress=False)
+    assert distance(model, slim, data) < 1e-12
+
+
 def test_folding_skips_a_layer_without_bias_and_batchnorm():
     model, data = convolutions(bias=False, norm=False), image_set()
     slim = pruned(model, {"0": [0, 3]})
