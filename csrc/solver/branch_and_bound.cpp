@@ -129,7 +129,7 @@ class Search {
   void start() {
     if (all_ones(problem_.weight)) {
       for (const Mask& mask : greedy(problem_, r_, checkpoint_)) {
-        consider(swaps_.run(mask, checkpoint_));
+        consider(problem_.size > kLargestPolished ? mask : swaps_.run(mask, checkpoint_));
       }
       return;
     }
@@ -332,6 +332,7 @@ class Search {
   }
 
   static constexpr std::size_t kMostBytes = std::size_t{1} << 30;
+  static constexpr Index kLargestPolished = 256;  // beyond, rounding alone is worth the swaps
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr std::int64_t kProposals = 2000;
