@@ -93,14 +93,13 @@ def _annealing(F: np.ndarray, u: np.ndarray, r: int, seconds: float) -> Solution
 def _gurobi(F: np.ndarray, u: np.ndarray, r: int, seconds: float) -> Solution:
     import gurobipy
 
-    with gurobipy.Env(params={"OutputFlag": 0, "Threads": 1, "TimeLimit": seconds}) as env:
-        with gurobipy.Model(env=env) as model:
-            x = model.addMVar(len(u), vtype="B")
-            model.addConstr(x.sum() == r)
-            model.setObjective(0.5 * (x @ F @ x) - u @ x)
-            model.Params.MIPGap = 0
-            model.optimize()
-            return x.X > 0.5, model.ObjBound
+    quiet = {"OutputFlag": 0, "Threads": 1, "TimeLimit": seconds, "MIPGap": 0}
+    with gurobipy.Env(params=quiet) as env, gurobipy.Model(env=env) as model:
+        x = model.addMVar(len(u), vtype="B")
+        model.addConstr(x.sum() == r)
+        model.setObjective(0.5 * (x @ F @ x) - u @ x)
+        model.optimize()
+        return x.X > 0.5, model.ObjBound
 
 
 def _scip(F: np.ndarray, u: np.ndarray, r: int, seconds: float) -> Solution:
