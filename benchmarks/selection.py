@@ -42,14 +42,14 @@ def main() -> None:
             if len(u) <= rival.largest:
                 compared.append(_compare(rival, rows[-1], F, u, r, options.time_limit))
                 print(table(compared[-1:]), flush=True)
+        load = os.getloadavg()[0]
+        settings = {key: value for key, value in vars(options).items() if key != "instances"}
+        content = {"settings": settings, "load average": load, "rows": rows, "rivals": compared}
+        path = write_results("selection", content)  # what is done, if the rest is interrupted
     print(table(rows))
-    if compared:
-        print(table(compared))
-    load = os.getloadavg()[0]
+    print(table(compared))
     print(f"load average at the end: {load:.1f}")
-    settings = {key: value for key, value in vars(options).items() if key != "instances"}
-    content = {"settings": settings, "load average": load, "rows": rows, "rivals": compared}
-    print(write_results("selection", content))
+    print(path)
 
 
 def low_rank_plus_noise(channels: int, seed: int = 0) -> np.ndarray:
