@@ -33,13 +33,15 @@ class Table:
     Attributes:
         out, inputs: the sides as functions of the keep counts.
         value: takes integer arrays that broadcast together.
-        step: the same for all widths at which ``value`` cannot differ, by side (0: out, 1: inputs).
+        at_least: the least value at these widths or wider ones.
+        steps: for each side, a function that is the same for widths with the same values.
     """
 
     out: Affine
     inputs: Affine
     value: Callable[[Width, Width], np.ndarray]
-    step: Callable[[int, np.ndarray], np.ndarray]
+    at_least: Callable[[Width, Width], np.ndarray]
+    steps: tuple[Callable[[Width], np.ndarray], Callable[[Width], np.ndarray]]
 
     @property
     def groups(self) -> tuple[str, ...]:
