@@ -61,7 +61,7 @@ class Program:
 
     def keep(self, chosen: Mapping[str, int]) -> dict[str, int]:
         """From positions among the widths to keep counts."""
-        return {name: int(self.widths[name][at]) for name, at in chosen.items()}
+        return {name: int(n[chosen[name]]) for name, n in self.widths.items()}
 
     def objective(self, chosen: Mapping[str, int]) -> float:
         return math.fsum(self.values[name][at] for name, at in chosen.items())

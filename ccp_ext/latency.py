@@ -88,15 +88,15 @@ class LatencyTable:
             keep: {group name: channels that stay}; all stay in a group without an entry.
 
         Raises:
-            InputError: the graph has layers, or widths, that were not measured.
+            InputError: the graph has layers, or widths, that were not measured; an unknown group,
+                or a count outside of 1 to its channels.
         """
-        whole = {group.name: group.channels for group in graph.groups}
-        return self.resource(graph)(whole | dict(keep or {}))
+        return self.resource(graph)(graph.counts(keep))
 
     def resource(self, graph: ChannelGraph) -> Resource:
-        """The prediction as a cost for :mod:`ccp_ext.elimination`; errors as in ``predict``."""
+        """The prediction as a cost for :mod:`ccp_ext.elimination`; errors as in :meth:`predict`."""
         sides = graph.sides()
-        whole = {group.name: group.channels for group in graph.groups}
+        whole = graph.counts()
         scale = self.milliseconds / sum(
             times.milliseconds[-1][-1] for times in self.layers.values()
         )

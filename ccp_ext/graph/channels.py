@@ -197,11 +197,11 @@ class ChannelGraph:
         Raises:
             InputError: unknown group, or a count outside of 1 to its channels.
         """
-        return self.resource("macs")(self._counts(keep))
+        return self.resource("macs")(self.counts(keep))
 
     def parameters(self, keep: Mapping[str, int] | None = None) -> int:
         """Parameters of the whole model; arguments and errors as in :meth:`macs`."""
-        return self.resource("params")(self._counts(keep))
+        return self.resource("params")(self.counts(keep))
 
     def activations(self, keep: Mapping[str, int] | None = None) -> int:
         """Elements of the outputs of all convolutions and linear layers.
@@ -211,7 +211,15 @@ class ChannelGraph:
         goes with the memory that training needs and with the time of memory-bound passes.
         Arguments and errors as in :meth:`macs`.
         """
-        return self.resource("activations")(self._counts(keep))
+        return self.resource("activations")(self.counts(keep))
+
+    def counts(self, keep: Mapping[str, int] | None = None) -> dict[str, int]:
+        """The keep count of every group; arguments and errors as in :meth:`macs`."""
+        for name, count in (keep or {}).items():
+            channels = self[name].channels
+            if not 1 <= count <= channels:
+                raise InputError(f"group {name!r} can keep 1 to {channels} channels; got {count!r}")
+        return {group.name: group.channels for group in self.groups} | dict(keep or {})
 
     def resource(self, kind: str) -> Resource:
         """MACs ("macs"), parameters ("params") or activations as a form in the keep counts.
@@ -293,14 +301,6 @@ class ChannelGraph:
                 terms.append((layer.positions, out, one))
         other = {"macs": self.other_macs, "params": self.other_parameters, "activations": 0}
         return Resource.of_products(other[kind], terms)
-
-    def _counts(self, keep: Mapping[str, int] | None) -> dict[str, int]:
-        """The keep count of every group."""
-        for name, count in (keep or {}).items():
-            channels = self[name].channels
-            if not 1 <= count <= channels:
-                raise InputError(f"group {name!r} can keep 1 to {channels} channels; got {count!r}")
-        return {group.name: group.channels for group in self.groups} | dict(keep or {})
 
 
 def _cut_layer(layer: Layer, removed: Mapping[tuple[str, str], set[int]]) -> Cut:
