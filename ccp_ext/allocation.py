@@ -166,6 +166,23 @@ def allocate(
     return _optimal(resource, kind, budgets[kind], widths, curves)
 
 
+def allowed_counts(
+    graph: _Graph,
+    *,
+    multiple: int | Mapping[str, int] = 1,
+    minimum: int = 1,
+    floors: Mapping[str, int] | None = None,
+    ceilings: Mapping[str, int] | None = None,
+    protected: Iterable[str] = (),
+) -> dict[str, list[int]]:
+    """The keep counts that :func:`allocate` may choose from, by group name, increasing.
+
+    Arguments and errors are those of :func:`allocate`.
+    """
+    widths = _Widths.make(graph, multiple, minimum, floors or {}, ceilings or {}, protected)
+    return {name: widths.all(name) for name in widths.channels}
+
+
 @dataclass(frozen=True)
 class _Widths:
     """The allowed keep counts: steps of ``multiple`` and all channels, within floor and ceiling."""
@@ -188,7 +205,8 @@ class _Widths:
     ) -> _Widths:
         channels = {group.name: group.channels for group in graph.groups}
         protected = [protected] if isinstance(protected, str) else list(protected)
-        rules = f"minimum={minimum} and multiple={multiple}"
+        each = "by group" if isinstance(multiple, Mapping) else multiple
+        rules = f"minimum={minimum} and multiple={each}"
         for option, values in (
             ("multiple", multiple if isinstance(multiple, Mapping) else {}),
             ("floors", floors),
