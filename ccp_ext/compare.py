@@ -14,6 +14,7 @@ import copy
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -427,7 +428,7 @@ def _make_rows_in_parallel(
     with ProcessPoolExecutor(len(devices), context) as pool:
         running = [
             pool.submit(_worker, settings, folder, jobs[start:end], device, threads, say)
-            for device, start, end in zip(devices, ends, ends[1:], strict=True)
+            for device, (start, end) in zip(devices, itertools.pairwise(ends), strict=True)
             if start < end
         ]
         for process in running:
