@@ -13,7 +13,6 @@ from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.plan import PruningPlan
-from ccp_ext.selection import select
 from ccp_ext.statistics import Statistics
 
 # Enough to prove most groups of up to 128 channels optimal. A limit by the clock would make the
@@ -55,9 +54,7 @@ def make_plan(
     for group in graph.groups:
         cost = _cost_of(group, costs)
         removed = group.channels - allocation.keep[group.name]
-        choice = select(
-            cost.S, u=cost.u, r=removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT
-        )
+        choice = cost.choose(removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT)
         kept[group.name] = torch.nonzero(~choice.removed).flatten().tolist()
         objectives[group.name] = choice.objective
     given = {name: value for name, value in budget.items() if value is not None}
