@@ -62,7 +62,7 @@ class Allocation:
         objective: with curves, the sum of the groups' objectives at ``keep``; None without.
         lower_bound: with curves, no allocation within the budget has a lower sum of the groups'
             lower bounds; so no masks within the budget cost less in all, where a group's cost does
-            not depend on the other groups' masks. None without curves.
+            not depend on the other groups' masks. None without curves, or where one has no bounds.
         multiplier: with curves and one of the first four kinds, the multiplier of the budget for
             which the bound was found: about as much as the objective falls for one unit more.
         relaxed: how many terms of the cost had to be relaxed for the bound, because the exact
@@ -81,8 +81,8 @@ class Allocation:
 
     @property
     def gap(self) -> float | None:
-        """``objective - lower_bound``, in units of the cost; None without curves."""
-        return None if self.objective is None else self.objective - self.lower_bound
+        """``objective - lower_bound``, in units of the cost; None without a bound."""
+        return None if self.lower_bound is None else self.objective - self.lower_bound
 
 
 def allocate(
@@ -293,14 +293,15 @@ def _optimal(
     program = Program(counts, upper, resource, budget)
     reachable = program.cost(cheapest(program))
     _check_reachable(kind, asked, budget, plain, reachable, widths)
-    best = solve(program, lower)
+    bounded = all(np.isfinite(values).all() for values in lower.values())
+    best = solve(program, lower if bounded else upper)
     return Allocation(
         best.keep,
         kind,
         budget,
         resource(best.keep),
         best.objective,
-        best.lower_bound,
+        best.lower_bound if bounded else None,
         best.multiplier,
         best.relaxed,
     )
@@ -323,7 +324,7 @@ def _points(
             f"allocate: the curve of group {name!r} has {kept.shape} counts, {upper.shape} "
             f"objectives and {lower.shape} lower bounds"
         )
-    usable = np.isin(kept, allowed) & np.isfinite(upper) & np.isfinite(lower)
+    usable = np.isin(kept, allowed) & np.isfinite(upper)
     if not usable.any():
         raise InputError(
             f"allocate: the curve of group {name!r} has none of the counts that it may keep, "
@@ -351,7 +352,8 @@ def _valued(
                 )
             objective += float(upper[at[0]])
             lower_bound += float(lower[at[0]])
-    return Allocation(keep, kind, objective=objective, lower_bound=lower_bound)
+    bound = lower_bound if math.isfinite(lower_bound) else None
+    return Allocation(keep, kind, objective=objective, lower_bound=bound)
 
 
 # --- uniform -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -109,28 +109,19 @@ def run(
             before the settings, the weights, the data and the budget were found good.
     """
     criterion = criteria.get(settings.criterion, settings.options)
-    train, test = (datasets.load(settings.data, split) for split in ("train", "test"))
-    factory = model_factory(settings.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, settings.weights).to(device)
-    example = train.normalise(train.images[:1]).to(device)
-    graph = in_scope(trace(model, example), settings.scope)
+    inputs = load_inputs(settings, device)
+    model, graph, train = inputs.model, inputs.graph, inputs.train
     allocation.allocate(graph, **settings.budget(), multiple=settings.multiple)
-    if (needed := criterion.statistics()) is not None:
-        collect(model, graph, **needed)  # finds bad options; nothing is observed yet
+    check_statistics(model, graph, criterion)
 
-    contents = {
-        "content of model": graph.fingerprint,
-        "content of weights": _digest(*model.state_dict().values()),
-        "content of data": _digest(*(t for s in (train, test) for t in (s.images, s.labels))),
-    }
-    folder = RunFolder(output, {**_plain(settings), **contents})
+    folder = RunFolder(output, {**_plain(settings), **inputs.contents()})
     finished = folder.read("report.json", dict)
     if finished is not None:
         if not isinstance(finished.get("stages"), list):
             raise InputError(f"{folder.path / 'report.json'} is damaged; remove it to go on")
         say(f"{folder.path} already holds this run's result")
         return finished
-    recorder = _Recorder(folder, test, example, settings.batch_size, progress, say)
+    recorder = _Recorder(folder, inputs.test, inputs.example, settings.batch_size, progress, say)
     recorder.record("plain", model)
 
     plan = folder.plan()
@@ -139,7 +130,7 @@ def run(
             model,
             graph,
             criterion,
-            _sample(train, settings.images, settings.seed),
+            sample(train, settings.images, settings.seed),
             batch_size=settings.batch_size,
             checkpoint=folder.path / "statistics.pt",
             progress=progress,
@@ -153,7 +144,7 @@ def run(
     surgery.prune(model, plan)
     recorder.record("pruned", model)
     if settings.reestimate_images:
-        images = _sample(train, settings.reestimate_images, settings.seed + 1)
+        images = sample(train, settings.reestimate_images, settings.seed + 1)
         reestimate_batchnorm(model, images.batches(settings.batch_size), progress=progress)
         recorder.record("re-estimated", model)
     if settings.finetune is not None:
@@ -172,6 +163,59 @@ def run(
     folder.write("report.json", report)
     folder.remove("stages.json", "statistics.pt", "finetune.pt")
     return report
+
+
+class Subject(Protocol):
+    """What settings name: see :class:`PruneSettings`."""
+
+    model: str
+    weights: str
+    data: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a subject's names stand for, loaded; the model, on its device, in eval mode.
+
+    Attributes:
+        graph: with the groups that may be pruned.
+        example: one normalised training image [1, C, H, W] on the device.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    train: ImageSet
+    test: ImageSet
+    example: torch.Tensor
+
+    def contents(self) -> dict[str, str]:
+        """Digests by which inputs that changed under their names are known."""
+        images = (t for s in (self.train, self.test) for t in (s.images, s.labels))
+        return {
+            "content of model": self.graph.fingerprint,
+            "content of weights": _digest(*self.model.state_dict().values()),
+            "content of data": _digest(*images),
+        }
+
+
+def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
+    """Load what the names stand for.
+
+    Raises:
+        InputError: something is missing, unreadable or does not fit, or no group is in the scope.
+    """
+    train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
+    factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
+    model = load_model(factory, subject.weights).to(device)
+    example = train.normalise(train.images[:1]).to(device)
+    return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
+
+
+def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
+    """Raise InputError for options of a criterion that :func:`ccp_ext.collect` refuses."""
+    if (needed := criterion.statistics()) is not None:
+        collect(model, graph, **needed)  # nothing is observed yet
 
 
 def gather(
@@ -317,7 +361,7 @@ class _Recorder:
         self.say(f"{stage}: test accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
 
 
-def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
+def sample(images: ImageSet, count: int, seed: int) -> ImageSet:
     """``count`` images drawn without replacement (all of them, shuffled, if there are fewer)."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.subset(order[:count])

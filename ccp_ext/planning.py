@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccp_ext._curve import Curve, curve
+from ccp_ext._curve import Curve
 from ccp_ext.allocation import Allocation, allocate, allowed_counts
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
-from ccp_ext.selection import select
 from ccp_ext.statistics import Statistics
 
 ALLOCATIONS = ("uniform", "optimal")
@@ -112,9 +111,7 @@ def make_plan(
 def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict[str, Curve]:
     """The curve of every group that may lose channels, at the counts that it may lose."""
     return {
-        name: curve(
-            costs[name].S, u=costs[name].u, counts=[costs[name].channels - k for k in keep[::-1]]
-        )
+        name: costs[name].curve([costs[name].channels - count for count in reversed(keep)])
         for name, keep in allowed.items()
         if keep != [costs[name].channels]
     }
@@ -123,17 +120,13 @@ def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict
 def _choose(
     cost: Cost, removed: int, known: Curve | None, method: str
 ) -> tuple[torch.Tensor, float]:
-    """The mask of removed channels and its cost: that of ``select``, or the curve's if lower."""
-    choice = select(
-        cost.S, u=cost.u, r=removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT
-    )
-    mask, objective = choice.removed, choice.objective
+    """The mask of removed channels and its cost: the cost's own choice, or the curve's if lower."""
+    choice = cost.choose(removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT)
     if known is not None:
         at = int(np.flatnonzero(np.asarray(known.counts) == removed)[0])
-        if known.objective[at] < objective:
-            mask = torch.as_tensor(known.removed[at], dtype=torch.bool)
-            objective = float(known.objective[at])
-    return mask, objective
+        if known.objective[at] < choice.objective:
+            return torch.as_tensor(known.removed[at]), float(known.objective[at])
+    return choice.removed, choice.objective
 
 
 def _summary(found: Allocation, name: str, objective: float) -> dict[str, Any]:

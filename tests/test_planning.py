@@ -7,6 +7,7 @@ import torch
 
 import ccp_ext
 from ccp_ext import Cost, InputError, criteria, make_plan, models
+from ccp_ext.cost import SearchedCost
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,18 @@ def test_optimal_plans_cost_no_more_than_uniform_ones_and_have_a_bound(graph, bu
     assert summary["lower_bound"] <= summary["objective"]
     assert summary["gap"] == summary["objective"] - summary["lower_bound"]
     assert "lower_bound" not in uniform.record["allocation"]
+
+
+def test_costs_with_a_search_of_their_own_are_allocated_without_a_bound(graph):
+    costs = random_costs(graph)
+    name = graph.groups[0].name
+    cost = costs[name]
+    first = lambda r: torch.arange(cost.channels) < r  # noqa: E731
+    costs[name] = SearchedCost(cost.S, cost.u, search=first)
+    plan = make_plan(graph, costs, macs=0.5, allocation="optimal")
+    kept = plan.groups[name].kept
+    assert kept == tuple(range(cost.channels - len(kept), cost.channels))
+    assert "lower_bound" not in plan.record["allocation"]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "optimal"])
