@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from ccp_ext._curve import Curve
 from ccp_ext.allocation import Allocation, allocate, allowed_counts
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
+from ccp_ext.selection import Curve
 from ccp_ext.statistics import Statistics
 
 ALLOCATIONS = ("uniform", "optimal")
@@ -123,7 +122,7 @@ def _choose(
     """The mask of removed channels and its cost: the cost's own choice, or the curve's if lower."""
     choice = cost.choose(removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT)
     if known is not None:
-        at = int(np.flatnonzero(np.asarray(known.counts) == removed)[0])
+        at = known.counts.index(removed)
         if known.objective[at] < choice.objective:
             return torch.as_tensor(known.removed[at]), float(known.objective[at])
     return choice.removed, choice.objective
