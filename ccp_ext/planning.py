@@ -23,6 +23,9 @@ ALLOCATIONS = ("uniform", "optimal")
 # plan depend on the machine's speed.
 NODE_LIMIT = 1000
 
+# More counts would cost minutes for groups of a thousand channels, and hardly change their sum.
+CURVE_COUNTS = 256
+
 
 def make_plan(
     graph: ChannelGraph,
@@ -54,7 +57,8 @@ def make_plan(
         macs, params, activations, latency, ratio, per_group, latency_table: the budget; see
             :func:`ccp_ext.allocation.allocate`.
         allocation: "uniform" gives all groups one common fraction; "optimal" computes each group's
-            cost for every count and minimises their sum within the budget.
+            cost for every count (for evenly spaced ones, if there are more than ``CURVE_COUNTS``)
+            and minimises their sum within the budget.
         multiple, minimum, floors, ceilings, protected: rules on the counts; see
             :func:`ccp_ext.allocation.allocate`.
         method: of :func:`ccp_ext.select`.
@@ -87,7 +91,8 @@ def make_plan(
         "protected": protected,
     }
     curves = None
-    if allocation == "optimal":
+    # A ratio or counts by group leave nothing to choose.
+    if allocation == "optimal" and ratio is None and per_group is None:
         curves = _curves(costs, allowed_counts(graph, **rules))
     found = allocate(graph, curves=curves, **budget, latency_table=latency_table, **rules)
     kept, objectives = {}, {}
@@ -108,12 +113,20 @@ def make_plan(
 
 
 def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict[str, Curve]:
-    """The curve of every group that may lose channels, at the counts that it may lose."""
+    """The curve of every group that may lose channels, at counts that it may lose."""
     return {
-        name: costs[name].curve([costs[name].channels - count for count in reversed(keep)])
+        name: costs[name].curve([costs[name].channels - k for k in reversed(_spaced(keep))])
         for name, keep in allowed.items()
         if keep != [costs[name].channels]
     }
+
+
+def _spaced(counts: list[int]) -> list[int]:
+    """At most ``CURVE_COUNTS`` of the counts, both ends among them."""
+    last = len(counts) - 1
+    if last < CURVE_COUNTS:
+        return counts
+    return [counts[k * last // (CURVE_COUNTS - 1)] for k in range(CURVE_COUNTS)]
 
 
 def _choose(
