@@ -8,7 +8,7 @@ from ccp_ext import measure, models, surgery
 from ccp_ext.allocation import allocate
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
-from ccp_ext.latency import LatencyTable, LayerTimes
+from ccp_ext.latency import LatencyTable, LayerTimes, _Staircase
 from ccp_ext.plan import PruningPlan
 
 
@@ -190,6 +190,16 @@ def test_a_time_that_falls_with_the_width_is_respected(chain, table):
     found = allocate(graph, curves=curves, latency=0.8, latency_table=bumpy)
     assert found.keep[second] not in range(5, 9)
     assert found.achieved <= found.budget
+
+
+def test_the_least_time_from_some_widths_on_is_that_of_the_grid():
+    grid = ((5.0, 3.0), (4.0, 9.0), (7.0, 6.0))
+    staircase = _Staircase(LayerTimes((4, 8, 12), (2, 6), grid), scale=1.0)
+    assert [[float(staircase.at_least(o, i)) for i in (2, 6)] for o in (4, 8, 12)] == [
+        [3.0, 3.0],
+        [4.0, 6.0],
+        [6.0, 6.0],
+    ]
 
 
 def test_a_table_survives_its_file(table, tmp_path):
