@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
+#include "conjugate.h"
 #include "curve.h"
 #include "problem.h"
 #include "swap.h"
@@ -191,6 +194,31 @@ Bools random_subset(Index size, Index r, std::uint64_t seed) {
   return to_array(solver::random_subset(size, r, seed));
 }
 
+std::vector<double> to_vector(const Doubles& array) {
+  if (array.ndim() != 1) throw std::invalid_argument("expected a vector");
+  return {array.data(), array.data() + array.shape(0)};
+}
+
+Doubles conjugate(const Doubles& values, const Doubles& points, const Doubles& offset,
+                  const Doubles& step) {
+  const auto x = to_vector(points), t0 = to_vector(offset), t1 = to_vector(step);
+  const auto size = static_cast<py::ssize_t>(x.size()), rows = static_cast<py::ssize_t>(t0.size());
+  if (values.ndim() != 2 || size == 0 || values.shape(1) != size || values.shape(0) == 0 ||
+      rows % values.shape(0) != 0) {
+    throw std::invalid_argument("expected values [r, n], points [n], offset [m r] and step [k]");
+  }
+  const bool increasing = std::adjacent_find(x.begin(), x.end(), std::greater_equal<>()) == x.end();
+  if (!increasing || !std::is_sorted(t1.begin(), t1.end())) {
+    throw std::invalid_argument("expected increasing points and a step that does not decrease");
+  }
+  Doubles result({rows, static_cast<py::ssize_t>(t1.size())});
+  double* const out = result.mutable_data();
+  const Index repeat = rows / values.shape(0);
+  py::gil_scoped_release unlock;
+  solver::conjugate(values.data(), x, repeat, t0, t1, out);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_solver, module) {
@@ -214,5 +242,8 @@ PYBIND11_MODULE(_solver, module) {
   module.def("curve", &curve, py::arg("quadratic"), py::arg("linear"), py::arg("counts"),
              py::arg("defect"), py::arg("time_limit"),
              "(objective [K], lower bound [K], masks [K, n]) for ascending counts [K]");
+  module.def("conjugate", &conjugate, py::arg("values"), py::arg("points"), py::arg("offset"),
+             py::arg("step"),
+             "[m r, k] of min_j values[i // m, j] + (offset[i] + step[k]) * points[j]");
   module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
 }
