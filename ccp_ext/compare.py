@@ -36,7 +36,7 @@ from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph
-from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, gather, load_inputs, sample
+from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs, sample
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import make_plan
 from ccp_ext.report import table
@@ -202,7 +202,7 @@ def compare(
         say: gets a line for each row; must be a module's function if there are several devices.
 
     Returns:
-        {"settings", "plain", "rows", "summary"}: see :func:`summarise`; a row has the columns of
+        {"settings", "plain", "rows", "summary", "ranks"}; a row has the columns of
         :class:`Job`, MACs, parameters and their shares that are kept, the forecast objective,
         accuracy (percent) and loss on the halves of the test set and on the whole, and the seconds
         and peak memory (MiB) of statistics, choice and repair.
@@ -233,6 +233,7 @@ def compare(
         "plain": plain,
         "rows": rows,
         "summary": summarise(rows),
+        "ranks": rank(rows),
     }
     folder.write("comparison.json", result)
     files.write_text(folder.path / "comparison.csv", _csv(rows))
@@ -290,7 +291,10 @@ class _Bench:
         return self.inputs.example.device
 
     def plain(self) -> dict[str, Any]:
-        return self._size(self.inputs.model) | self._evaluations(self.inputs.model)
+        """The unpruned model, and how many images the halves hold."""
+        images = len(self.inputs.test)
+        halves = {"selection images": images // 2, "report images": images - images // 2}
+        return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | halves
 
     def row(self, job: Job) -> dict[str, Any]:
         plan, gathering, choosing = self._plan(job)
@@ -310,7 +314,7 @@ class _Bench:
 
         def gathered() -> Any:
             images = sample(self.inputs.train, self.settings.images, job.seed)
-            return gather(
+            return criteria.gather(
                 self.inputs.model,
                 self.inputs.graph,
                 criterion,
@@ -486,6 +490,36 @@ def _ranked(cell: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]
     return entries
 
 
+def rank(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where each arm stands among the others, 1 the best, by its accuracy on the report half.
+
+    Arms are ranked anew for each budget, repair and seed; equal accuracies share their mean rank.
+
+    Returns:
+        [{"criterion", "mean rank", "best rank", "worst rank"}], the best mean first.
+    """
+    races: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        race = (row["kind"], row["budget"], row["repair"], row["seed"])
+        races.setdefault(race, []).append(row)
+    ranks: dict[str, list[float]] = {}
+    for race in races.values():
+        accuracies = [row["report accuracy"] for row in race]
+        for row, mine in zip(race, accuracies, strict=True):
+            better, equal = sum(a > mine for a in accuracies), accuracies.count(mine)
+            ranks.setdefault(row["criterion"], []).append(better + (equal + 1) / 2)
+    entries = [
+        {
+            "criterion": name,
+            "mean rank": statistics.fmean(found),
+            "best rank": min(found),
+            "worst rank": max(found),
+        }
+        for name, found in ranks.items()
+    ]
+    return sorted(entries, key=lambda entry: entry["mean rank"])
+
+
 def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     for name, first in rows[0].items():
@@ -544,14 +578,23 @@ def explanation(result: Mapping[str, Any]) -> str:
         f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
         f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
         "% on all. best: the highest mean on the report half; close: within the larger of the two "
-        f"spreads of the best. Memory: {memory}."
+        f"spreads of the best. The spread is that of the seeds; the {plain['report images']:,} "
+        "report images themselves leave a standard error of about "
+        f"{_standard_error(result):.1f} points. Memory: {memory}."
     )
+
+
+def _standard_error(result: Mapping[str, Any]) -> float:
+    """Of the best report accuracy, in points, as that of a binomial share."""
+    best = max(entry["report accuracy"] for entry in result["summary"])
+    return math.sqrt(best * (100 - best) / result["plain"]["report images"])
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     parts = [f"# Comparison on {result['settings']['model']}", explanation(result)]
     for title, rows in tables(result):
         parts += [f"## {title}", table(rows, markdown=True)]
+    parts += ["## Ranks over budgets, repairs and seeds", table(result["ranks"], markdown=True)]
     return "\n\n".join(parts) + "\n"
 
 

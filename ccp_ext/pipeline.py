@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ccp_ext import allocation, criteria, datasets, files, measure, surgery
+from ccp_ext import allocation, criteria, datasets, files, measure, snapshot, surgery
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.datasets import ImageSet
@@ -97,9 +97,10 @@ def run(
 ) -> dict[str, Any]:
     """Prune, repair, evaluate and save; an interrupted run goes on where it stopped.
 
-    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors`` and
-    ``report.json`` (last, so a report means that the rest is whole), and while it runs
-    ``stages.json``, ``statistics.pt`` and ``finetune.pt``.
+    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
+    ``snapshot.safetensors`` (what :mod:`ccp_ext.page` shows of the statistics) and ``report.json``
+    (last, so a report means that the rest is whole), and while it runs ``stages.json``,
+    ``statistics.pt`` and ``finetune.pt``.
 
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ...}.
@@ -136,6 +137,7 @@ def run(
             progress=progress,
         )
         costs = criterion.costs(model, graph, stats)
+        snapshot.take(model, graph, costs, train).save(folder.path / "snapshot.safetensors")
         record = {**_plain(settings), "statistics": stats and stats.settings()}
         plan = make_plan(
             graph, costs, **settings.budget(), multiple=settings.multiple, record=record
@@ -213,9 +215,11 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
 
 
 def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
-    """Raise InputError for options of a criterion that :func:`ccp_ext.collect` refuses."""
+    """Raise InputError for a criterion whose options or whose needs of the model are not met."""
     if (needed := criterion.statistics()) is not None:
         collect(model, graph, **needed)  # nothing is observed yet
+    else:
+        criterion.observation(model, graph)
 
 
 def gather(
