@@ -28,7 +28,7 @@ from ccp_ext.report import cell
 from ccp_ext.snapshot import Snapshot
 
 PAIRS = 4
-_LARGEST_MATRIX = 128  # pixels; wider ones are averaged
+_MATRIX = 256  # pixels a side; wider ones are averaged
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5a6470; --rule: #d5dae0;
@@ -217,7 +217,8 @@ def _matrices(plan: PruningPlan, snapshot: Snapshot) -> list[str]:
         matrix = s_hat(S, snapshot.u.get(name))
         ordered = matrix[kept + removed][:, kept + removed]
         scale = float(np.quantile(np.abs(ordered), 0.98)) or 1.0
-        pixels = _with_border(_diverging(_shrunk(ordered) / scale), len(kept) / len(ordered))
+        pixels = _enlarged(_diverging(_shrunk(ordered) / scale))
+        pixels = _with_border(pixels, len(kept) / len(ordered))
         pictures.append(
             _figure(
                 _image(pixels, "matrix", f"Heat map of S-hat of {name}"),
@@ -302,8 +303,8 @@ def _greys(maps: Tensor) -> np.ndarray:
 
 
 def _shrunk(matrix: np.ndarray) -> np.ndarray:
-    """Block averages, so that no side is longer than the largest that is shown."""
-    block = -(-len(matrix) // _LARGEST_MATRIX)
+    """Block averages, so that no side is longer than a picture's."""
+    block = -(-len(matrix) // _MATRIX)
     if block == 1:
         return matrix
     starts = np.arange(0, len(matrix), block)
@@ -317,6 +318,12 @@ def _diverging(values: np.ndarray) -> np.ndarray:
     places, colours = (-1, 0, 1), np.array([(33, 102, 172), (247, 247, 247), (178, 24, 43)])
     channels = [np.interp(values, places, colours[:, k]) for k in range(3)]
     return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Whole multiples of the pixels, so that a line between them can be thin."""
+    times = max(1, _MATRIX // len(pixels))
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _with_border(pixels: np.ndarray, share: float) -> np.ndarray:
