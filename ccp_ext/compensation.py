@@ -1,18 +1,28 @@
-"""Repair of a pruned model without training: BatchNorm statistics."""
+"""Repair of a pruned model without training.
+
+:func:`fold_means` puts the means of what was removed into the next layer's bias, :func:`refit`
+solves each layer behind a cut anew by least squares, and :func:`reestimate_batchnorm` measures the
+BatchNorm statistics again; in this order.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sized
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from ccp_ext.activations import input_tap, patch_blocks, read_at
+from ccp_ext.cutting import fingerprint
+from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
+from ccp_ext.graph import Tap
 
 
 def reestimate_batchnorm(
@@ -62,6 +72,296 @@ def reestimate_batchnorm(
         layers[name].running_mean.copy_(moment.mean)
         layers[name].running_var.copy_(moment.variance())
     return len(moments)
+
+
+def fold_means(
+    model: nn.Module,
+    slim: nn.Module,
+    images: ImageSet,
+    *,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> int:
+    """Give each layer of ``slim`` behind a cut the mean of what the removed inputs contributed.
+
+    The mean over images and output positions goes to the layer's bias, or where it has none, to
+    the running mean of the BatchNorm that reads its output. Exact for removed channels that are
+    constant, except where a convolution pads them.
+
+    Args:
+        model: the plain model.
+        slim: the pruned one, from :func:`ccp_ext.prune`; its weights behind the cuts are the plain
+            model's.
+
+    Returns:
+        The number of layers that were changed; those with neither bias nor BatchNorm are not.
+
+    Raises:
+        InputError: ``slim`` is not a pruned ``model``.
+    """
+    layers = [layer for layer in _cut_layers(model, slim, images) if layer.takes_constant]
+    means = _patch_means(model, layers, images, batch_size, progress)
+    for layer in layers:
+        gone = layer.removed_columns()
+        weight = layer.plain.weight.detach().flatten(1).double()[layer.outputs]
+        layer.set_constant(weight[:, gone] @ means[layer.path][gone])
+    return len(layers)
+
+
+def refit(
+    model: nn.Module,
+    slim: nn.Module,
+    images: ImageSet,
+    *,
+    ridge: float = 1e-3,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Solve each layer of ``slim`` behind a cut anew, so that it gives the plain model's outputs.
+
+    Layer by layer in the order of the forward pass: the inputs are those that the slim model
+    computes with the layers already refitted, the targets are the plain model's outputs of this
+    layer (asymmetric reconstruction, He et al., ICCV 2017; OSSCAR, Meng et al., ICML 2024):
+
+        min over W, b of ||Y - W X - b||^2 + lambda ||W - W_old||^2
+
+    with lambda = ``ridge`` times the mean diagonal of XX'. The constant b goes where
+    :func:`fold_means` puts it; that BatchNorm gets the plain model's statistics apart from the
+    shift. One pass over the images a layer, which ends at the layer. Sums are kept in float64.
+
+    Args:
+        model: the plain model.
+        slim: the pruned one, from :func:`ccp_ext.prune`; changed in place.
+        images: training images.
+        ridge: weight of the old values, at least 0.
+
+    Returns:
+        By layer, the share of its outputs' variance that the refit leaves unexplained.
+
+    Raises:
+        InputError: ``slim`` is not a pruned ``model``, or ``ridge`` is negative.
+    """
+    if not ridge >= 0:
+        raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
+    layers = _cut_layers(model, slim, images)
+    bar = tqdm(layers, "refit", disable=not progress, leave=False)
+    return {layer.path: _refit_layer(model, slim, layer, images, ridge, batch_size) for layer in bar}
+
+
+@dataclasses.dataclass
+class _CutLayer:
+    """A convolution or linear layer that lost inputs.
+
+    Attributes:
+        plain, slim: the layer in both models.
+        outputs, inputs: what stays of the plain one's.
+        norms: the BatchNorm, in both models, that reads the output.
+        calls: in one forward pass.
+    """
+
+    path: str
+    plain: nn.Module
+    slim: nn.Module
+    outputs: Tensor
+    inputs: Tensor
+    calls: int = 0
+    norms: tuple[_BatchNorm, _BatchNorm] | None = None
+
+    @property
+    def takes_constant(self) -> bool:
+        return self.slim.bias is not None or self.norms is not None
+
+    def removed_columns(self) -> Tensor:
+        """Of the plain weight, flattened to ``[O, columns]``, those of the removed inputs."""
+        gone = torch.ones(self.plain.weight.shape[1], dtype=torch.bool, device=self.inputs.device)
+        gone[self.inputs] = False
+        return gone.repeat_interleave(self.plain.weight[0, 0].numel())
+
+    def set_constant(self, constant: Tensor, *, with_bias: bool = False) -> None:
+        """Let the layer add ``constant`` [O]; ``with_bias``: the plain bias is in it already."""
+        if self.slim.bias is not None:
+            own = 0.0 if with_bias else self.plain.bias.detach()[self.outputs]
+            self.slim.bias.data.copy_(own + constant)
+        else:
+            plain, slim = self.norms
+            slim.running_mean.copy_(plain.running_mean[self.outputs] - constant)
+            slim.running_var.copy_(plain.running_var[self.outputs])
+
+
+def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_CutLayer]:
+    """In the order of the forward pass; found by running the slim model on one image."""
+    plan = getattr(slim, "ccp_plan", None)
+    if plan is None or plan.fingerprint != fingerprint(model):
+        raise InputError("compensation: slim must be the given model after ccp_ext.prune")
+    modules, plain_modules = dict(slim.named_modules()), dict(model.named_modules())
+    device = place(slim, None)
+    layers = {}
+    for path, cut in plan.modules.items():
+        if cut.inputs is not None:
+            plain = plain_modules[path]
+            outputs = cut.out or range(len(plain.weight))
+            index = (torch.tensor(list(p), device=device) for p in (outputs, cut.inputs))
+            layers[path] = _CutLayer(path, plain, modules[path], *index)
+    order: list[_CutLayer] = []
+    made: dict[int, tuple[_CutLayer, Tensor]] = {}  # the tensors stay alive, so ids are unique
+
+    def leave(layer: _CutLayer, output: Tensor) -> None:
+        layer.calls += 1
+        made[id(output)] = layer, output
+        if layer.calls == 1:
+            order.append(layer)
+
+    def enter(path: str, x: Tensor) -> None:
+        if id(x) in made:
+            made[id(x)][0].norms = plain_modules[path], modules[path]
+
+    with contextlib.ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.callback(read_at(slim, Tap(path), partial(leave, layer)).remove)
+        for path, module in modules.items():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                stack.callback(read_at(slim, Tap(path, "input"), partial(enter, path)).remove)
+        with _evaluating(slim):
+            slim(_example(slim, images.normalise(images.images[:1])))
+    return order
+
+
+def _patch_means(
+    model: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int, progress: bool
+) -> dict[str, Tensor]:
+    """The mean patch, float64 ``[columns]``, that each layer of the plain model reads."""
+    sums = {layer.path: [0.0, 0] for layer in layers}
+
+    def add(layer: _CutLayer, x: Tensor) -> None:
+        for _, block in patch_blocks(layer.plain, x):
+            sums[layer.path][0] += block.sum((0, 1), dtype=torch.float64)
+            sums[layer.path][1] += block.shape[0] * block.shape[1]
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            tap = input_tap(layer.plain, layer.path)
+            stack.callback(read_at(model, tap, partial(add, layer)).remove)
+        stack.enter_context(_evaluating(model))
+        batches = images.batches(batch_size)
+        total = images.num_batches(batch_size)
+        for x, _ in tqdm(batches, "means", total, disable=not progress, leave=False):
+            model(_example(model, x))
+    return {path: total / count for path, (total, count) in sums.items()}
+
+
+def _refit_layer(
+    model: nn.Module,
+    slim: nn.Module,
+    layer: _CutLayer,
+    images: ImageSet,
+    ridge: float,
+    batch_size: int,
+) -> float:
+    sums = _Regression()
+    with (
+        _evaluating(model),
+        _evaluating(slim),
+        _recorded(model, Tap(layer.path), layer.calls) as targets,
+        _recorded(slim, input_tap(layer.slim, layer.path), layer.calls) as inputs,
+    ):
+        for x, _ in images.batches(batch_size):
+            for network, recorded in ((model, targets), (slim, inputs)):
+                recorded.clear()
+                with contextlib.suppress(_Reached):
+                    network(_example(network, x))
+            for seen, wanted in zip(inputs, targets, strict=True):
+                _add_layer(sums, layer, seen, wanted)
+    weight, constant, unexplained = sums.solve(
+        layer.slim.weight.detach().flatten(1).double(), ridge, layer.takes_constant
+    )
+    layer.slim.weight.data.copy_(weight.view_as(layer.slim.weight))
+    if layer.takes_constant:
+        layer.set_constant(constant, with_bias=True)
+    return unexplained
+
+
+def _add_layer(sums: _Regression, layer: _CutLayer, x: Tensor, y: Tensor) -> None:
+    if layer.slim.weight.dim() > 2:
+        y = y.flatten(2).mT
+    y = y.reshape(len(x), -1, y.shape[-1]).index_select(2, layer.outputs)
+    for samples, block in patch_blocks(layer.slim, x):
+        sums.add(block.flatten(0, 1), y[samples].flatten(0, 1))
+
+
+class _Regression:
+    """Sums for the least squares of y ``[M, O]`` on x ``[M, F]``, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.x = self.y = self.xx = self.xy = self.yy = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, y = x.to(dtype), y.to(dtype)
+        self.count += len(x)
+        self.x = self.x + x.sum(0, dtype=torch.float64)
+        self.y = self.y + y.sum(0, dtype=torch.float64)
+        self.xx = self.xx + (x.T @ x).double()
+        self.xy = self.xy + (x.T @ y).double()
+        self.yy = self.yy + y.square().sum(0, dtype=torch.float64)
+
+    def solve(self, old: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
+        """Weight ``[O, F]``, constant ``[O]``, and the share of y's variance not explained."""
+        x, y = (self.x / self.count, self.y / self.count) if constant else (0 * self.x, 0 * self.y)
+        xx = self.xx - self.count * x.outer(x)
+        xy = self.xy - self.count * x.outer(y)
+        level = ridge * xx.diagonal().mean()
+        ridged = xx + level * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        weight = _solve(ridged, xy + level * old.T).T
+        variance = (self.yy - self.count * y.square()).sum()
+        left = variance - 2 * (weight * xy.T).sum() + ((weight @ xx) * weight).sum()
+        share = (left / variance).item() if variance > 0 else 0.0
+        return weight, y - weight @ x, max(0.0, share)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix^-1 right`` of a semidefinite matrix; the least of the solutions if it is singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    negligible = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
+    if not failed and pivots.min() > negligible:
+        return torch.cholesky_solve(right, factor)
+    solution = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsd").solution
+    return solution.to(matrix.device)
+
+
+class _Reached(Exception):
+    """The layer was reached; the rest of the forward pass is not needed."""
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, tap: Tap, calls: int) -> Iterator[list[Tensor]]:
+    """The tensors at the tap of a forward pass, which ends with the last of ``calls``."""
+    seen: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> None:
+        # Before another call the model may change the tensor in place.
+        seen.append(tensor.detach() if calls == 1 else tensor.detach().clone())
+        if len(seen) == calls:
+            raise _Reached
+
+    handle = read_at(model, tap, keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    with training_flags_kept(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+def _example(model: nn.Module, x: Tensor) -> Tensor:
+    parameter = next(model.parameters())
+    return x.to(parameter.device, parameter.dtype)
 
 
 @dataclasses.dataclass

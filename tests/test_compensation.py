@@ -1,4 +1,4 @@
-"""Re-estimation of BatchNorm statistics."""
+"""Repair without training: BatchNorm statistics, folded means, least-squares refits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
+from small_networks import lively, random_plan
 from torch import nn
 
-from ccp_ext.compensation import reestimate_batchnorm
+import ccp_ext
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
+from ccp_ext.plan import PruningPlan
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
@@ -213,3 +217,194 @@ def test_bfloat16_autocast_keeps_float32_statistics():
     # bfloat16 carries 8 bits; its rounding errors average out over the positions.
     torch.testing.assert_close(model[2].running_mean, plain[2].running_mean, rtol=0.02, atol=0.01)
     torch.testing.assert_close(model[2].running_var, plain[2].running_var, rtol=0.02, atol=0)
+
+
+# --- folding and refitting -----------------------------------------------------------------------
+
+
+def image_set(count: int = 48, size: int = 8) -> ImageSet:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator).to(torch.uint8)
+    labels = torch.zeros(count, dtype=torch.int64)
+    return ImageSet(pixels, labels, (0.5,) * 3, (0.25,) * 3, 10, "noise")
+
+
+def convolutions(*, bias: bool, norm: bool, padding: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    behind = [nn.BatchNorm2d(5)] if norm else []
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 3, padding=padding, bias=bias),
+        *behind,
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(5 * (4 + 2 * padding) ** 2, 7),
+    )
+    return lively(model).double().eval()
+
+
+def pruned(model: nn.Module, kept: dict[str, list[int]], size: int = 8) -> nn.Module:
+    example = torch.zeros(1, 3, size, size, dtype=next(model.parameters()).dtype)
+    graph = ccp_ext.trace(model, example)
+    return ccp_ext.prune(copy.deepcopy(model), PruningPlan.from_kept(graph, kept))
+
+
+def outputs(model: nn.Module, data: ImageSet) -> torch.Tensor:
+    with torch.no_grad():
+        return model(data.normalise(data.images).to(next(model.parameters()).dtype))
+
+
+def distance(model: nn.Module, slim: nn.Module, data: ImageSet) -> float:
+    expected = outputs(model, data)
+    return float((outputs(slim, data) - expected).norm() / expected.norm())
+
+
+BEHIND = [{"bias": True, "norm": False}, {"bias": False, "norm": True}, {"bias": True, "norm": True}]
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_folding_is_exact_for_constant_channels(behind):
+    model, data = convolutions(**behind), image_set()
+    for channel, value in ((1, 0.7), (4, 2.0)):
+        model[0].weight.data[channel] = 0
+        model[0].bias.data[channel] = value
+    slim = pruned(model, {"0": [0, 2, 3, 5]})
+    assert distance(model, slim, data) > 1e-3
+    assert fold_means(model, slim, data, batch_size=20, progress=False) == 1
+    assert distance(model, slim, data) < 1e-12
+    fold_means(model, slim, data, progress=False)
+    assert distance(model, slim, data) < 1e-12
+
+
+def test_folding_leaves_the_mean_over_images_and_positions_as_it_was():
+    model, data = convolutions(bias=True, norm=False, padding=1), image_set()
+    slim = pruned(model, {"0": [0, 3]})
+    fold_means(model, slim, data, progress=False)
+    means = [outputs(m[:3], data).mean((0, 2, 3)) for m in (model, slim)]
+    torch.testing.assert_close(*means)
+
+
+def test_folding_skips_a_layer_without_bias_and_batchnorm():
+    model, data = convolutions(bias=False, norm=False), image_set()
+    slim = pruned(model, {"0": [0, 3]})
+    before = state(slim)
+    assert fold_means(model, slim, data, progress=False) == 0
+    assert_same_state(slim, before)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-12])
+@pytest.mark.parametrize("behind", [*BEHIND, {"bias": False, "norm": False}])
+def test_a_refit_replaces_dependent_channels_exactly(behind, ridge):
+    model, data = convolutions(**behind), image_set()
+    model[1] = nn.Identity()  # sums of channels stay sums
+    first = model[0]
+    for tensor in (first.weight.data, first.bias.data):
+        tensor[1] = tensor[0] - 2 * tensor[5]
+        tensor[4] = 0.5 * tensor[2] + tensor[3]
+    slim = pruned(model, {"0": [0, 2, 3, 5]})
+    assert distance(model, slim, data) > 1e-2
+    left = refit(model, slim, data, ridge=ridge, batch_size=20, progress=False)
+    assert list(left) == ["2"] and left["2"] < 1e-12
+    assert distance(model, slim, data) < 1e-6
+
+
+def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
+    model, data = convolutions(bias=True, norm=True, padding=1), image_set()
+    slim = pruned(model, {"0": [0, 2, 3], "2": [1, 2, 4]})
+    old = slim[2].weight.detach().flatten(1).clone()
+    with torch.no_grad():
+        x = slim[:2](data.normalise(data.images).double())
+        target = outputs(model[:3], data)[:, [1, 2, 4]].movedim(1, -1).reshape(-1, 3)
+    rows = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
+    centred = rows - rows.mean(0)
+    level = 0.05 * centred.square().sum(0).mean()
+    left = refit(model, slim, data, ridge=0.05, batch_size=20, progress=False)
+    # The ridge as further samples, which want the old weights.
+    system = torch.cat([centred, level.sqrt() * torch.eye(27).double()])
+    wanted = torch.cat([target - target.mean(0), level.sqrt() * old.T])
+    weight = torch.linalg.lstsq(system, wanted).solution.T
+    torch.testing.assert_close(slim[2].weight.detach().flatten(1), weight)
+    torch.testing.assert_close(slim[2].bias.detach(), target.mean(0) - weight @ rows.mean(0))
+    fitted = rows @ weight.T + slim[2].bias.detach()
+    share = (fitted - target).square().sum() / (target - target.mean(0)).square().sum()
+    assert left["2"] == pytest.approx(float(share))
+    assert list(left) == ["2", "6"]
+
+
+def test_a_refit_goes_through_a_residual_network_in_order():
+    model = lively(ccp_ext.models.create("resnet8")).eval()
+    data = image_set(24, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
+    plan = random_plan(graph)
+    slim = ccp_ext.prune(copy.deepcopy(model), plan)
+    folded = copy.deepcopy(slim)
+    before = distance(model, slim, data)
+    assert fold_means(model, folded, data, progress=False) == 7
+    left = refit(model, slim, data, progress=False)
+    assert list(left) == [
+        f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)
+    ] + ["linear"]
+    assert all(0 <= share < 1 for share in left.values())
+    assert distance(model, slim, data) < distance(model, folded, data) < before
+    again = ccp_ext.prune(copy.deepcopy(model), plan)
+    refit(model, again, data, progress=False)
+    assert_same_state(again, state(slim))
+
+
+def test_compensation_leaves_the_plain_model_and_all_flags_alone():
+    model = lively(ccp_ext.models.create("resnet8")).train()
+    data = image_set(8, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph))
+    slim.layer1.eval()
+    flags = [module.training for module in slim.modules()]
+    shapes = {name: value.shape for name, value in slim.state_dict().items()}
+    before = state(model)
+    fold_means(model, slim, data, progress=False)
+    refit(model, slim, data, progress=False)
+    assert_same_state(model, before)
+    assert model.training and [module.training for module in slim.modules()] == flags
+    assert {name: value.shape for name, value in slim.state_dict().items()} == shapes
+    for network in (model, slim):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+        assert all(p.requires_grad for p in network.parameters())
+
+
+def test_a_layer_that_runs_twice_is_fitted_on_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 1)
+            self.other = nn.Conv2d(3, 6, 1)
+            self.shared = nn.Conv2d(6, 4, 1)
+
+        def forward(self, x):
+            return self.shared(self.first(x)) - 2 * self.shared(self.other(x).tanh_())
+
+    torch.manual_seed(0)
+    model, data = Twice().double().eval(), image_set()
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 8, 8).double())
+    (group,) = graph.groups
+    slim = pruned(model, {group.name: [0, 1, 2, 4]})
+    x = data.normalise(data.images).double()
+    with torch.no_grad():
+        rows = torch.cat([slim.first(x), slim.other(x).tanh()]).movedim(1, -1).flatten(0, 2)
+        plain = torch.cat([model.first(x), model.other(x).tanh()])
+        target = model.shared(plain).movedim(1, -1).flatten(0, 2)
+    refit(model, slim, data, ridge=0.0, progress=False)
+    system = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    solution = torch.linalg.lstsq(system, target).solution
+    torch.testing.assert_close(slim.shared.weight.detach().flatten(1), solution[:-1].T)
+    torch.testing.assert_close(slim.shared.bias.detach(), solution[-1])
+
+
+@pytest.mark.parametrize("repair", [fold_means, refit])
+def test_compensation_wants_the_model_and_its_pruned_copy(repair):
+    model, data = convolutions(bias=True, norm=True), image_set()
+    slim = pruned(model, {"0": [0, 3]})
+    for plain, other in ((model, model), (slim, slim), (network(), slim)):
+        with pytest.raises(InputError, match="slim must be the given model after ccp_ext.prune"):
+            repair(plain, other, data, progress=False)
+    with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
+        refit(model, slim, data, ridge=-1)

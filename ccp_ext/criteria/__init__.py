@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ccp_ext.criteria import (  # noqa: F401  (they register)
     activation,
+    auxiliary,
     ccp,
     gates,
     magnitude,

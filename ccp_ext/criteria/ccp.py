@@ -8,7 +8,7 @@ from ccp_ext.cost import Cost
 from ccp_ext.criteria.base import Criterion, register
 
 
-class _SecondOrder(Criterion):
+class SecondOrder(Criterion):
     """Defaults of a member of the family; every one of them is an option."""
 
     site: str
@@ -38,7 +38,7 @@ class _SecondOrder(Criterion):
 
 
 @register
-class CCP(_SecondOrder):
+class CCP(SecondOrder):
     """Pairwise curvature of the logits at the gates, without the first-order term.
 
     On a well-trained network the training loss is near zero, so a few hard samples make u and the
@@ -52,7 +52,7 @@ class CCP(_SecondOrder):
 
 
 @register
-class CCPPaper(_SecondOrder):
+class CCPPaper(SecondOrder):
     """The published objective to the letter."""
 
     name = "ccp-paper"

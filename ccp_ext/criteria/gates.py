@@ -35,13 +35,16 @@ class Kwon(Criterion):
     def costs(self, model, graph, data) -> dict[str, Cost]:
         grams = {group.name: data.mean(group.name).cpu() for group in graph.groups}
         return {
-            name: SearchedCost(gram, None, partial(_rearranged, gram))
+            name: SearchedCost(gram, None, partial(rearranged, gram))
             for name, gram in grams.items()
         }
 
 
-def _rearranged(gram: Tensor, r: int) -> Tensor:
-    """Offer each kept channel once for removal, and keep whichever removed one helps most."""
+def rearranged(gram: Tensor, r: int) -> Tensor:
+    """The ``r`` least of the diagonal, after each kept channel was offered for removal once.
+
+    With it in the removed set, the channel goes back without which m'Sm is least.
+    """
     order = gram.diagonal().argsort(stable=True)
     removed = torch.zeros(len(gram), dtype=torch.bool)
     removed[order[:r]] = True

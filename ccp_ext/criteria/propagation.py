@@ -47,8 +47,8 @@ class NISP(Criterion):
     note = (
         "the final responses are the input of the last layer; Inf-FS mixes spread and 1 - |rank "
         f"correlation| with equal weights and damps by {_DAMPING} of the limit; a BatchNorm counts "
-        "as its absolute factor, an activation as the identity, a max pooling as its largest input "
-        "in that network; scores of a group sum to 1, as rates by layer are given"
+        "as its absolute factor, an activation as its slope above zero, a max pooling as its "
+        "largest input in that network; scores of a group sum to 1, as rates by layer are given"
     )
 
     def observation(self, model, graph) -> Activations:

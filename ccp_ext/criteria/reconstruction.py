@@ -22,7 +22,6 @@ class Consumers:
 
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.channels = group.channels
-        self.samples = 0
         self._parts = [
             _Consumer(model.get_submodule(part.module), part.module, part.index)
             for part in group.consumers
@@ -118,7 +117,7 @@ class ChannelPruning(_Reconstruction):
 
     def _cost(self, consumers: Consumers) -> Cost:
         gram = consumers.response_gram().cpu()
-        return SearchedCost(2 * gram, None, partial(_lasso, gram))
+        return SearchedCost(2 * gram, None, partial(lasso, gram))
 
 
 @register
@@ -133,8 +132,7 @@ class OSSCAR(_Reconstruction):
 
     def _cost(self, consumers: Consumers) -> Cost:
         problems = self._problems(consumers)
-        alone = sum(p.pairs().diagonal() for p in problems)
-        return refitted_cost(problems, Cost(u=-alone))
+        return refitted_cost(problems, Cost(u=-sum(p.singles() for p in problems)))
 
 
 @register
@@ -148,7 +146,7 @@ class Refit(_Reconstruction):
     def _cost(self, consumers: Consumers) -> Cost:
         pairs = sum(p.pairs() for p in self._problems(consumers))
         alone = pairs.diagonal()
-        S = pairs - alone - alone.unsqueeze(1)
+        S = pairs - (alone + alone.unsqueeze(1))
         return Cost(S + torch.diag(3 * alone))
 
 
@@ -178,58 +176,65 @@ def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return get
 
 
-def _lasso(gram: Tensor, r: int) -> Tensor:
-    """The channels that are zero on the LASSO's path before the support exceeds C - r.
+def lasso(gram: Tensor, r: int) -> Tensor:
+    """The channels that are zero on the LASSO's path where the support is about to exceed C - r.
 
     min over b of 1/2 b'Gb - (G1)'b + lambda ||b||_1, for lambda falling from where b is zero: the
     homotopy of Osborne, Presnell and Turlach (2000). Where it ends early, because the support
     explains everything, the largest of the others fill up.
+
+    Args:
+        gram: G, float64 ``[C, C]``, positive semidefinite.
+
+    Returns:
+        bool ``[C]`` with r ones.
     """
-    channels = len(gram)
+    keep = len(gram) - r
     target = gram.sum(1)
-    b = torch.zeros_like(target)
-    active: list[int] = []
-    scale = gram.diagonal().mean()
-    regular = gram + 1e-12 * scale * torch.eye(channels, dtype=gram.dtype)
     level = float(target.abs().max())
     negligible = 1e-10 * level
-    while len(active) < channels - r and level > negligible:
-        correlation = target - regular @ b
-        if not active:
-            active.append(int(correlation.abs().argmax()))
-        signs = correlation[active].sign()
-        direction = torch.linalg.solve(regular[active][:, active], signs)
-        step, event = _next_event(regular, correlation, b, active, direction, level)
-        b[active] += step * direction
-        level -= step
-        if event is None:
+    # Equal columns would make the system of the support singular.
+    gram = gram + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    b = torch.zeros_like(target)
+    support = [int(target.abs().argmax())] if level > 0 and keep > 0 else []
+    while support and level > negligible:
+        correlation = target - gram @ b
+        direction = torch.linalg.solve(gram[support][:, support], correlation[support].sign())
+        step, event = _next_event(gram, correlation, b, support, direction, level)
+        if event is None or (event not in support and len(support) == keep):
             break
-        if event in active:
+        b[support] += step * direction
+        level -= step
+        if event in support:
             b[event] = 0
-            active.remove(event)
+            support.remove(event)
         else:
-            active.append(event)
-    removed = torch.ones(channels, dtype=torch.bool)
-    removed[active] = False
-    missing = int(removed.sum()) - r
-    idle = torch.where(removed, gram.diagonal(), -torch.inf)
-    removed[idle.argsort(descending=True, stable=True)[:missing]] = False
+            support.append(event)
+    removed = torch.ones(len(gram), dtype=torch.bool)
+    removed[support] = False
+    idle = torch.where(removed, gram.diagonal(), -torch.inf).argsort(descending=True, stable=True)
+    removed[idle[: keep - len(support)]] = False
     return removed
 
 
 def _next_event(
-    gram: Tensor, correlation: Tensor, b: Tensor, active: list[int], direction: Tensor, level: float
+    gram: Tensor,
+    correlation: Tensor,
+    b: Tensor,
+    support: list[int],
+    direction: Tensor,
+    level: float,
 ) -> tuple[float, int | None]:
     """How far lambda falls until a channel enters or leaves the support, and which one."""
-    slope = gram[:, active] @ direction
+    slope = gram[:, support] @ direction
     enter = torch.stack(
         [(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)]
     )
     enter[~(enter > 1e-12 * level)] = torch.inf
     steps = enter.amin(0)
-    leave = -b[active] / direction
+    leave = -b[support] / direction
     leave[~(leave > 1e-12 * level)] = torch.inf
-    steps[active] = leave
+    steps[support] = leave
     event = int(steps.argmin())
     step = float(steps[event])
     return (level, None) if step >= level else (step, event)

@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ccp_ext.errors import InputError
+
 
 class RefitProblem:
     """One layer's weight and second moments.
@@ -30,15 +32,20 @@ class RefitProblem:
     def __init__(self, H: Tensor, W: Tensor, channels: int, ridge: float) -> None:
         H, self.W = H.detach().double(), W.detach().double()
         mean = H.diagonal().mean()
-        # Where all inputs are zero nothing is lost, whatever the scale.
-        shift = ridge * mean if mean > 0 else 1.0
+        # Where all inputs are zero nothing can be lost.
+        shift = ridge * mean if mean > 0 else 1e-30
         self.H = H + shift * torch.eye(len(H), dtype=H.dtype, device=H.device)
         self.channels = channels
         self.block = len(H) // channels
 
     @cached_property
     def inverse(self) -> Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.H))
+        try:
+            return torch.cholesky_inverse(torch.linalg.cholesky(self.H))
+        except torch.linalg.LinAlgError as error:
+            raise InputError(
+                "the moments of a layer's inputs are singular; use more images or a larger ridge"
+            ) from error
 
     def loss(self, removed: Tensor) -> float:
         """What removing the channels of the bool mask [C] costs."""
@@ -48,13 +55,16 @@ class RefitProblem:
         W = self.W[:, columns]
         return 0.5 * (W * torch.linalg.solve(self.inverse[columns][:, columns], W.T).T).sum().item()
 
+    def singles(self) -> Tensor:
+        """float64 ``[C]``: the cost of removing one channel."""
+        return _State(self).scores()
+
     def pairs(self) -> Tensor:
         """float64 ``[C, C]``: the cost of removing i and j; i alone on the diagonal."""
         size, step = self.channels, self.block
         inverse = self.inverse.view(size, step, size, step).transpose(1, 2)  # [C, C, b, b]
         gram = (self.W.T @ self.W).view(size, step, size, step).transpose(1, 2)
-        own = torch.arange(size)
-        costs = torch.diag(_block_cost(inverse[own, own], gram[own, own]))
+        costs = torch.diag(self.singles())
         for i in range(size - 1):
             j = torch.arange(i + 1, size)
             pair = [_two_by_two(m, i, j) for m in (inverse, gram)]

@@ -67,7 +67,7 @@ class _QSFM(Criterion):
 
 def _drop_from_closest_pairs(similarity: Tensor, r: int) -> Tensor:
     """``r`` times, of the closest pair left, the map whose similarities to all left sum to more."""
-    left = similarity.detach().cpu().double()
+    left = similarity.detach().cpu().double().clone()
     left.fill_diagonal_(-torch.inf)
     removed = torch.zeros(len(left), dtype=torch.bool)
     for _ in range(r):

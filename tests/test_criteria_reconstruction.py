@@ -1,0 +1,245 @@
+"""Criteria on the next layer's outputs, against the layers themselves and dense least squares."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import Concat, lively
+from test_criteria import costs_by, noise
+from torch import nn
+
+from ccp_ext import criteria, models, trace
+from ccp_ext.criteria.reconstruction import lasso
+from ccp_ext.criteria.refitting import RefitProblem, greedy_order
+from ccp_ext.errors import InputError
+
+
+def mask(size, removed):
+    m = torch.zeros(size, dtype=torch.bool)
+    m[list(removed)] = True
+    return m
+
+
+def chain(channels=6):
+    """A convolution whose channels another one reads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+    )
+    return model, trace(model, torch.randn(1, 3, 8, 8)), noise(14, 8)
+
+
+def inputs_of(model, path, images):
+    """The input of a module for all images."""
+    x, _ = next(images.batches(len(images)))
+    seen = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad():
+        model.eval()(x)
+    hook.remove()
+    return seen[0].double()
+
+
+def lost_output(model, group, removed, images):
+    """1/2 ||consumer(x) - consumer(x without the channels)||^2 per image, over all consumers."""
+    total = 0.0
+    for part in group.consumers:
+        x = inputs_of(model, part.module, images)
+        gone = [p for i in removed for p in part.index[i]]
+        layer = model.get_submodule(part.module)
+        dim = 1 if layer.weight.dim() > 2 else -1
+        weight = layer.weight.detach().double()
+        apply = F.linear if layer.weight.dim() == 2 else _convolve(layer)
+        without = x.index_fill(dim, torch.tensor(gone, dtype=torch.long), 0)
+        total += float((apply(x, weight) - apply(without, weight)).square().sum() / len(x))
+    return total
+
+
+def _convolve(layer):
+    return lambda x, weight: F.conv2d(x, weight, None, layer.stride, layer.padding)
+
+
+def assert_thinet_costs_are_the_lost_outputs(model, graph, images):
+    costs = costs_by("thinet", model, graph, images, batch_size=5)
+    for group in graph.groups:
+        for removed in ([0], [1, 3], [0, 2, 3]):
+            found = costs[group.name].objective(mask(group.channels, removed))
+            assert found == pytest.approx(lost_output(model, group, removed, images), rel=1e-4)
+
+
+def test_thinet_is_the_error_of_the_next_layers_outputs():
+    assert_thinet_costs_are_the_lost_outputs(*chain())
+
+
+def test_thinet_of_coupled_channels_adds_the_layers_that_read_them():
+    model = lively(models.create("resnet8")).eval()
+    graph = trace(model, torch.randn(1, 3, 16, 16))
+    assert any(len(group.consumers) > 1 for group in graph.groups)
+    assert_thinet_costs_are_the_lost_outputs(model, graph, noise(6, 16))
+
+
+def test_thinet_of_concatenated_and_flattened_channels():
+    model = lively(Concat()).eval()
+    assert_thinet_costs_are_the_lost_outputs(model, trace(model, torch.randn(1, 3, 8, 8)), noise(6, 8))
+
+
+# --- LASSO ---------------------------------------------------------------------------------------
+
+
+def coordinate_descent(gram, level, sweeps):
+    """argmin of 1/2 b'Gb - (G1)'b + level ||b||_1."""
+    b, target = torch.zeros(len(gram)).double(), gram.sum(1)
+    for _ in range(sweeps):
+        for i in range(len(gram)):
+            rest = target[i] - gram[i] @ b + gram[i, i] * b[i]
+            b[i] = rest.sign() * (rest.abs() - level).clamp(min=0) / gram[i, i]
+    return b
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_lasso_chooses_the_support_of_a_solution_of_that_size(seed):
+    rows = torch.randn(40, 7, generator=torch.Generator().manual_seed(seed)).double()
+    rows[:, 0] = rows[:, 1] + 0.3 * rows[:, 0]
+    gram = rows.T @ rows / 40
+    supports = {}
+    for level in torch.linspace(0.999, 0.002, 40).tolist():
+        b = coordinate_descent(gram, level * float(gram.sum(1).abs().max()), 60)
+        support = tuple(torch.nonzero(b.abs() > 1e-9).flatten().tolist())
+        supports.setdefault(len(support), []).append(support)
+    assert len(supports) > 4
+    for size, found in supports.items():
+        kept = tuple(torch.nonzero(~lasso(gram, 7 - size)).flatten().tolist())
+        assert kept in found
+
+
+def test_lasso_fills_up_with_the_largest_where_the_rest_is_dead():
+    gram = torch.diag(torch.tensor([3.0, 0.0, 2.0, 0.0, 1.0]).double())
+    assert torch.nonzero(~lasso(gram, 1)).flatten().tolist() == [0, 1, 2, 4]
+    assert torch.nonzero(~lasso(gram, 3)).flatten().tolist() == [0, 2]
+
+
+def test_lasso_agrees_with_scikit_learns_path():
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    rows = torch.randn(60, 12, generator=torch.Generator().manual_seed(4)).double()
+    gram = rows.T @ rows
+    _, _, path = linear.lars_path(rows.numpy(), rows.sum(1).numpy(), method="lasso")
+    checked = 0
+    for size in range(1, 12):
+        supports = [set(column.nonzero()[0]) for column in path.T]
+        of_size = [s for s in supports if len(s) == size]
+        if of_size:
+            kept = set(torch.nonzero(~lasso(gram, 12 - size)).flatten().tolist())
+            assert kept in of_size
+            checked += 1
+    assert checked > 8
+
+
+def test_channel_pruning_selects_by_lasso_on_the_contributions():
+    model, graph, images = chain()
+    cost = costs_by("channel-pruning", model, graph, images)["0"]
+    x, layer = inputs_of(model, "2", images), model[2]
+    weight = layer.weight.detach().double()
+    parts = [
+        F.conv2d(x[:, i : i + 1], weight[:, i : i + 1], None, 2, 1).flatten() for i in range(6)
+    ]
+    rows = torch.stack(parts, 1)
+    for r in range(6):
+        assert torch.equal(cost.choose(r).removed, lasso(rows.T @ rows / 14, r))
+
+
+# --- block OBS -----------------------------------------------------------------------------------
+
+
+def refitted(model, images, removed, ridge):
+    """1/2 min over V of sum ||(W - V) patch||^2 per image + ridge, V zero at the removed inputs."""
+    layer = model[2]
+    rows = F.unfold(inputs_of(model, "2", images), 3, padding=1, stride=2).mT.flatten(0, 1)
+    shift = ridge * (rows.square().sum(0) / len(images)).mean()
+    # The ridge as further samples.
+    extra = (len(images) * shift).sqrt() * torch.eye(rows.shape[1]).double()
+    rows = torch.cat([rows, extra])
+    weight = layer.weight.detach().double().flatten(1)
+    gone = mask(6, removed).repeat_interleave(9)
+    lost = rows[:, gone] @ weight[:, gone].T
+    change = torch.linalg.lstsq(rows[:, ~gone], lost, driver="gelsd").solution
+    return 0.5 * float((lost - rows[:, ~gone] @ change).square().sum()) / len(images)
+
+
+def test_osscar_costs_are_those_after_a_least_squares_refit():
+    model, graph, images = chain()
+    cost = costs_by("osscar", model, graph, images, ridge=0.02)["0"]
+    for removed in ([2], [0, 5], [1, 2, 3, 4], range(6)):
+        expected = refitted(model, images, removed, 0.02)
+        assert cost.objective(mask(6, removed)) == pytest.approx(expected, rel=1e-4)
+    assert cost.objective(mask(6, [])) == 0
+
+
+def test_osscar_removes_greedily_with_a_refit_after_each():
+    model, graph, images = chain()
+    cost = costs_by("osscar", model, graph, images, ridge=0.02)["0"]
+    removed = []
+    for r in range(6):
+        choice = cost.choose(r)
+        assert sorted(torch.nonzero(choice.removed).flatten().tolist()) == sorted(removed)
+        assert choice.objective == cost.objective(choice.removed)
+        left = [i for i in range(6) if i not in removed]
+        removed.append(min(left, key=lambda i: refitted(model, images, [*removed, i], 0.02)))
+
+
+def test_refit_is_exact_for_one_and_two_channels():
+    model, graph, images = chain()
+    cost = costs_by("refit", model, graph, images, ridge=0.02)["0"]
+    for size in (1, 2):
+        for removed in itertools.combinations(range(6), size):
+            expected = refitted(model, images, removed, 0.02)
+            assert cost.objective(mask(6, removed)) == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(cost.S, cost.S.T)
+
+
+def test_refit_sees_that_one_of_two_equal_channels_is_free():
+    model, graph, images = chain()
+    model[0].weight.data[3] = model[0].weight.data[1]
+    model[0].bias.data[3] = model[0].bias.data[1]
+    cost = costs_by("refit", model, graph, images, ridge=1e-6)["0"]
+    assert cost.choose(1).removed.nonzero().item() in (1, 3)
+    assert cost.objective(mask(6, [3])) < 1e-4 * cost.objective(mask(6, [1, 3]))
+
+
+def test_costs_of_several_readers_add_up():
+    generator = torch.Generator().manual_seed(0)
+    problems = []
+    for outputs in (3, 5):
+        rows = torch.randn(50, 8, generator=generator).double()
+        W = torch.randn(outputs, 8, generator=generator).double()
+        problems.append(RefitProblem(rows.T @ rows, W, 4, 0.01))
+    order = greedy_order(problems).tolist()
+    removed = []
+    for channel in order:
+        left = [i for i in range(4) if i not in removed]
+        best = min(left, key=lambda i: sum(p.loss(mask(4, [*removed, i])) for p in problems))
+        assert channel == best
+        removed.append(best)
+
+
+def test_singular_moments_without_a_ridge_are_refused():
+    model, graph, images = chain()
+    model[0].weight.data[3] = model[0].weight.data[1]
+    model[0].bias.data[3] = model[0].bias.data[1]
+    with pytest.raises(InputError, match="moments of a layer's inputs are singular"):
+        costs_by("refit", model, graph, images, ridge=0.0)
+
+
+def test_dead_channels_cost_nothing():
+    model, graph, images = chain()
+    model[0].weight.data.zero_()
+    model[0].bias.data.fill_(-1.0)
+    for name in ("thinet", "channel-pruning", "osscar", "refit"):
+        choice = costs_by(name, model, graph, images)["0"].choose(3)
+        assert abs(choice.objective) < 1e-20 and int(choice.removed.sum()) == 3
+
+
+def test_the_family_is_registered():
+    assert {"thinet", "channel-pruning", "osscar", "refit"} <= set(criteria.names())
