@@ -155,6 +155,7 @@ def _compare(options: argparse.Namespace) -> None:
         params=options.params,
         seeds=options.seeds,
         repair=options.repair,
+        allocation=options.allocation,
         multiple=options.multiple,
         scope=options.scope,
         images=options.images,
@@ -303,6 +304,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         help="shares of the parameters to keep, or counts",
     )
+    compare.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "optimal"),
+        help="of the criteria that do not say their own, as ccp:allocation=optimal does",
+    )
     compare.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     compare.add_argument(
         "--scope",
@@ -318,8 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         "--repair",
         type=_list_of(str),
         default=("batchnorm",),
-        help="none, or steps of batchnorm, finetune joined by +, such as "
-        "none,batchnorm,batchnorm+finetune (default batchnorm)",
+        help="none, or steps of fold, refit, batchnorm, finetune joined by +, such as "
+        "none,batchnorm,refit+batchnorm (default batchnorm)",
     )
     compare.add_argument(
         "--reestimate-images", type=int, default=10_000, help="training images for the repair"

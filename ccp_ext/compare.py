@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ccp_ext import allocation, criteria, files, measure, surgery
-from ccp_ext.compensation import reestimate_batchnorm
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
@@ -38,12 +38,12 @@ from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs, sample
 from ccp_ext.plan import PruningPlan
-from ccp_ext.planning import make_plan
+from ccp_ext.planning import ALLOCATIONS, make_plan
 from ccp_ext.report import table
 
 CONTROL = "random"
 NO_REPAIR = "none"
-STEPS = ("batchnorm", "finetune")
+STEPS = ("fold", "refit", "batchnorm", "finetune")
 PARTS = ("selection", "report", "all")
 COSTS = ("statistics", "choice", "repair")
 
@@ -54,24 +54,27 @@ class Arm:
 
     Attributes:
         label: the text that it was read from.
+        allocation: in place of the comparison's, or None.
     """
 
     label: str
     criterion: str
     options: criteria.Options
+    allocation: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Arm:
         """Read ``criterion:option=value:...``, such as ``ccp:curvature=sampled:diagonal``.
 
-        An option is a field of :class:`ccp_ext.criteria.Options` other than the seed, which the
-        comparison sets; one without a value is true.
+        An option is ``allocation`` or a field of :class:`ccp_ext.criteria.Options` other than the
+        seed, which the comparison sets; one without a value is true.
 
         Raises:
             InputError: an unknown criterion or option, or a value that is out of range.
         """
         name, *settings = text.split(":")
-        known = [f.name for f in dataclasses.fields(criteria.Options) if f.name != "seed"]
+        fields = [f.name for f in dataclasses.fields(criteria.Options) if f.name != "seed"]
+        known = ["allocation", *fields]
         options = {}
         for setting in settings:
             option, given, value = setting.partition("=")
@@ -82,7 +85,10 @@ class Arm:
                 )
             options[option] = _value(value) if given else True
         criteria.get(name)
-        return cls(text, name, criteria.Options(**options))
+        own = options.pop("allocation", None)
+        if own is not None:
+            _check_allocation(own)
+        return cls(text, name, criteria.Options(**options), own)
 
     def with_seed(self, seed: int) -> criteria.Criterion:
         return criteria.get(self.criterion, dataclasses.replace(self.options, seed=seed))
@@ -98,8 +104,11 @@ class CompareSettings:
         macs, params: budgets, of one kind; see :func:`ccp_ext.allocation.allocate`.
         seeds: each draws the images of the statistics and of the repair, the random numbers of the
             criterion, and the order of fine-tuning, as the seed of ``ccp prune`` does.
-        repair: "none", or steps joined by "+", in their order: "batchnorm" (re-estimation of the
-            statistics), "finetune" (the schedule).
+        repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
+            layer), "refit" (least squares), "batchnorm" (re-estimation), "finetune" (the schedule);
+            see :mod:`ccp_ext.compensation`.
+        allocation: "uniform" or "optimal", for all arms that do not bring their own; see
+            :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images, reestimate_images: training images for the statistics and for the repair.
         finetune: the schedule of the step "finetune"; its seed is the row's.
@@ -116,6 +125,7 @@ class CompareSettings:
     params: tuple[float | int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     repair: tuple[str, ...] = ("batchnorm",)
+    allocation: str = "uniform"
     multiple: int = 1
     scope: str = "inner"
     images: int = 10_000
@@ -140,6 +150,7 @@ class CompareSettings:
                 raise InputError(f"{option} must be at least 1, got {getattr(self, option)}")
         if min(self.seeds) < 0:
             raise InputError(f"seeds must be at least 0, got {min(self.seeds)}")
+        _check_allocation(self.allocation)
         self.arms()
         for repair in self.repair:
             self._check_repair(repair)
@@ -161,6 +172,11 @@ class CompareSettings:
             )
         if "finetune" in steps and self.finetune is None:
             raise InputError(f"repair {repair!r} needs a schedule of fine-tuning (epochs)")
+
+
+def _check_allocation(name: Any) -> None:
+    if name not in ALLOCATIONS:
+        raise InputError(f"allocation must be one of {', '.join(ALLOCATIONS)}; got {name!r}")
 
 
 def repair_steps(repair: str) -> list[str]:
@@ -273,7 +289,7 @@ def _sharing_together(arms: Sequence[Arm], seed: int) -> list[Arm]:
 def _statistics_key(arm: Arm, seed: int) -> str:
     """Equal for arms whose statistics are equal."""
     needed = arm.with_seed(seed).statistics()
-    return arm.label if needed is None else json.dumps(needed, sort_keys=True)
+    return f"{arm.criterion} {arm.options}" if needed is None else json.dumps(needed, sort_keys=True)
 
 
 @dataclass
@@ -324,10 +340,14 @@ class _Bench:
             )
 
         def chosen() -> PruningPlan:
-            graph = self.inputs.graph
-            costs = criterion.costs(self.inputs.model, graph, stats)
-            budget = {job.kind: job.budget}
-            return make_plan(graph, costs, **budget, multiple=self.settings.multiple)
+            costs = criterion.costs(self.inputs.model, self.inputs.graph, stats)
+            return make_plan(
+                self.inputs.graph,
+                costs,
+                **{job.kind: job.budget},
+                allocation=arm.allocation or self.settings.allocation,
+                multiple=self.settings.multiple,
+            )
 
         key = (_statistics_key(arm, job.seed), job.seed)
         stats, gathering = self._once("statistics", key, gathered)
@@ -344,22 +364,31 @@ class _Bench:
             self._last[what] = (key, value, used)
         return self._last[what][1:]
 
-    def _repair(self, model: nn.Module, job: Job) -> measure.Resources:
-        steps, settings = repair_steps(job.repair), self.settings
-        images = sample(self.inputs.train, settings.reestimate_images, job.seed + 1)
-        with measure.resources(self.device) as used:
-            if "batchnorm" in steps:
-                batches = images.batches(settings.batch_size)
-                reestimate_batchnorm(model, batches, progress=self.progress)
-        if "finetune" in steps:
-            used = used.then(self._finetune(model, job))
-        return used
+    def _repair(self, slim: nn.Module, job: Job) -> measure.Resources:
+        images = sample(self.inputs.train, self.settings.reestimate_images, job.seed + 1)
+        total = measure.Resources(0.0, 0.0)
+        for step in repair_steps(job.repair):
+            if step == "finetune":
+                used = self._finetune(slim, job)
+            else:
+                with measure.resources(self.device) as used:
+                    self._compensate(step, slim, images)
+            total = total.then(used)
+        return total
 
-    def _finetune(self, model: nn.Module, job: Job) -> measure.Resources:
+    def _compensate(self, step: str, slim: nn.Module, images: ImageSet) -> None:
+        size, progress = self.settings.batch_size, self.progress
+        if step == "batchnorm":
+            reestimate_batchnorm(slim, images.batches(size), progress=progress)
+        else:
+            solve = fold_means if step == "fold" else refit
+            solve(self.inputs.model, slim, images, batch_size=size, progress=progress)
+
+    def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
         checkpoint = (self.folder.path / job.file).with_suffix(".pt")
         with measure.resources(self.device) as used:
             history = finetune(
-                model,
+                slim,
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,

@@ -25,7 +25,7 @@ from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
-from ccp_ext.evaluation import evaluate
+from ccp_ext.evaluation import evaluate, place
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
 from ccp_ext.plan import PruningPlan
@@ -205,12 +205,13 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
     """Load what the names stand for.
 
     Raises:
-        InputError: something is missing, unreadable or does not fit, or no group is in the scope.
+        InputError: something is missing, unreadable or does not fit, the device cannot be used, or
+            no group is in the scope.
     """
     train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
     factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, subject.weights).to(device)
-    example = train.normalise(train.images[:1]).to(device)
+    model = load_model(factory, subject.weights)
+    example = train.normalise(train.images[:1]).to(place(model, device))
     return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
 
 
