@@ -134,7 +134,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from ccp_ext import compare, page
+    from ccp_ext import compare, page, summary
     from ccp_ext.finetune import FinetuneConfig
     from ccp_ext.report import table
 
@@ -165,9 +165,9 @@ def _compare(options: argparse.Namespace) -> None:
     )
     devices = [_device(name) for name in options.device.split(",")]
     result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
-    for title, rows in compare.tables(result):
+    for title, rows in summary.tables(result):
         print(f"\n{title}\n{table(rows)}")
-    print(f"\n{compare.explanation(result)}\n{page.write(options.output)}")
+    print(f"\n{summary.explanation(result)}\n{page.write(options.output)}")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccp_ext import compare, files, svg
+from ccp_ext import files, summary, svg
 from ccp_ext.criteria.similarity import similarity
 from ccp_ext.errors import InputError
 from ccp_ext.plan import PruningPlan
@@ -44,8 +44,8 @@ p { max-width: 46rem; } .faint, figcaption { color: var(--faint); }
 .scroll { overflow-x: auto; } figure { margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--rule); text-align: right;
-  white-space: nowrap; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;
+  font-size: .92rem; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tbody th { font-weight: 400; }
 tr.best > * { font-weight: 700; }
 svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
@@ -59,7 +59,7 @@ svg text { fill: var(--ink); } .middle { text-anchor: middle; } .end { text-anch
 .kept { fill: var(--mark); } .gone { fill: var(--faint); }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pictures figure { margin: 0; }
 img { image-rendering: pixelated; border: 1px solid var(--rule); }
-img.matrix { width: 256px; height: 256px; } img.map { width: 96px; height: 96px; }
+img.map { width: 96px; height: 96px; }
 """
 
 
@@ -101,23 +101,21 @@ def write(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None 
 def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
     repairs = list(dict.fromkeys(entry["repair"] for entry in result["summary"]))
     charts = [_accuracy_chart(result, repair) for repair in repairs]
-    ranks = [
-        (e["criterion"], e["best rank"], e["mean rank"], e["worst rank"]) for e in result["ranks"]
-    ]
+    ranks = [(e["criterion"], e["mean rank"], e["spread"] or 0.0) for e in result["ranks"]]
     return _page(
         f"Comparison of criteria on {result['settings']['model']}",
-        _paragraph(compare.explanation(result)),
+        _paragraph(summary.explanation(result)),
         _section("Accuracy against cost", *charts),
         _section(
             "Ranks",
             _figure(
-                svg.ranges("Rank of each criterion", "rank (1 is best)", ranks, first=1),
-                "By accuracy on the report half, anew for each budget, repair and seed: the mean, "
-                "and the range from the best to the worst.",
+                svg.ranges("Rank of each criterion", "mean rank (1 is best)", ranks, first=1),
+                "By accuracy on the report half, anew for each budget, repair and seed; the bars "
+                "are one standard deviation to each side.",
             ),
             _table("Ranks", result["ranks"]),
         ),
-        _section("Tables", *(_table(title, rows) for title, rows in compare.tables(result))),
+        _section("Tables", *(_table(title, rows) for title, rows in summary.tables(result))),
         _section("Settings", _facts(result["settings"])),
     )
 
@@ -134,7 +132,8 @@ def _accuracy_chart(result: Mapping[str, Any], repair: str) -> str:
             curves.setdefault(entry["criterion"], []).append(point)
     # In the order of the best means, so that the legend reads as the lines lie.
     ordered = sorted(curves.items(), key=lambda c: -sum(accuracy for _, accuracy, _ in c[1]))
-    series = [svg.Series(name, sorted(points)) for name, points in ordered]
+    places = {name: k for k, name in enumerate(result["settings"]["criteria"])}
+    series = [svg.Series(name, sorted(points), places[name]) for name, points in ordered]
     level = ("unpruned", result["plain"]["report accuracy"])
     title = f"Accuracy against MACs, repair: {repair}"
     chart = svg.lines(title, "MACs kept, %", "accuracy on the report half, %", series, level)

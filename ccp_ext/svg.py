@@ -1,7 +1,7 @@
 """Charts as SVG text for pages: no library, no script, colours from the page's style sheet.
 
-A mark's colour and shape both come from its place in the list, so that charts can be read without
-colours; ``currentColor`` and the classes follow the page into the dark.
+A mark's colour and shape both come from one number, so that charts can be read without colours;
+``currentColor`` and the classes follow the page into the dark.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 190, 14, 46
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: points (x, y, spread of y or None), in increasing x."""
+    """A line of a chart.
+
+    Attributes:
+        points: (x, y, spread of y or None), in increasing x.
+        style: colour and shape of the marks, 0 or more.
+    """
 
     name: str
     points: Sequence[tuple[float, float, float | None]]
+    style: int = 0
 
 
 def lines(
@@ -43,35 +49,36 @@ def lines(
         y = up(level[1])
         parts.append(
             f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 4:.1f}">{escape(level[0])}</text>'
+            f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(level[0])}</text>'
         )
-    parts += [_line(k, line, across, up, len(series)) for k, line in enumerate(series)]
-    top = _TOP + 30 if level is not None else _TOP + 6
+    # A few pixels aside, so that the error bars of equal budgets do not hide one another.
+    aside = [3.0 * (k - (len(series) - 1) / 2) for k in range(len(series))]
+    parts += [_line(line, across, up, dx) for line, dx in zip(series, aside, strict=True)]
+    x = _WIDTH - _RIGHT + 16
     for k, line in enumerate(series):
-        x, y = _WIDTH - _RIGHT + 16, top + 18 * k
+        y = _TOP + 6 + 18 * k
         name = f'<text x="{x + 12}" y="{y + 4}">{escape(line.name)}</text>'
-        parts.append(f"<g {_style(k)}>{_mark(k, x, y)}</g>{name}")
-    return _svg(title, _WIDTH, max(_HEIGHT, top + 18 * len(series)), parts)
+        parts.append(f"<g {_style(line.style)}>{_mark(line.style, x, y)}</g>{name}")
+    return _svg(title, _WIDTH, max(_HEIGHT, _TOP + 6 + 18 * len(series)), parts)
 
 
-def ranges(
-    title: str, x_label: str, rows: Sequence[tuple[str, float, float, float]], first: float
-) -> str:
-    """One line a row (name, low, middle, high) under a common axis that begins at ``first``."""
+def ranges(title: str, x_label: str, rows: Sequence[tuple[str, float, float]], first: float) -> str:
+    """One line a row (name, value, spread) under a common axis that begins at ``first``."""
     step, left = 24, 190
     bottom = _TOP + step * len(rows)
-    across = _Scale((first, max(row[3] for row in rows)), left, _WIDTH - 20)
+    highest = max(value + spread for _, value, spread in rows)
+    across = _Scale((first, highest), left, _WIDTH - 20)
     parts = [
         f'<line class="grid" x1="{across(t):.1f}" x2="{across(t):.1f}" y1="{_TOP}" y2="{bottom}"/>'
         f'<text class="middle" x="{across(t):.1f}" y="{bottom + 16}">{_number(t)}</text>'
         for t in _ticks(across.low, across.high)
     ]
-    for k, (name, low, middle, high) in enumerate(rows):
-        y = _TOP + step * (k + 0.5)
+    for k, (name, value, spread) in enumerate(rows):
+        y, low = _TOP + step * (k + 0.5), max(first, value - spread)
         parts.append(
             f'<text class="end" x="{left - 14}" y="{y + 4}">{escape(name)}</text>'
-            f'<g {_style(0)}><line x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{y}" '
-            f'y2="{y}"/>{_mark(0, across(middle), y)}</g>'
+            f'<g {_style(0)}><line x1="{across(low):.1f}" x2="{across(value + spread):.1f}" '
+            f'y1="{y}" y2="{y}"/>{_mark(0, across(value), y)}</g>'
         )
     x = (left + _WIDTH - 20) / 2
     parts.append(f'<text class="middle" x="{x}" y="{bottom + 36}">{escape(x_label)}</text>')
@@ -157,9 +164,7 @@ def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
     return "".join(parts)
 
 
-def _line(k: int, line: Series, across: _Scale, up: _Scale, count: int) -> str:
-    # A few pixels aside, so that the error bars of equal budgets do not hide one another.
-    aside = 3.0 * (k - (count - 1) / 2)
+def _line(line: Series, across: _Scale, up: _Scale, aside: float) -> str:
     places = [(across(x) + aside, up(y), y, spread) for x, y, spread in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
     bars = "".join(
@@ -170,10 +175,10 @@ def _line(k: int, line: Series, across: _Scale, up: _Scale, count: int) -> str:
     )
     marks = "".join(
         f"<g><title>{escape(line.name)}: {value:.2f}"
-        f"{'' if spread is None else f' ± {spread:.2f}'}</title>{_mark(k, x, y)}</g>"
+        f"{'' if spread is None else f' ± {spread:.2f}'}</title>{_mark(line.style, x, y)}</g>"
         for x, y, value, spread in places
     )
-    return f'<g {_style(k)}><polyline points="{path}"/>{bars}{marks}</g>'
+    return f'<g {_style(line.style)}><polyline points="{path}"/>{bars}{marks}</g>'
 
 
 def _style(k: int) -> str:

@@ -14,10 +14,11 @@ import torch
 
 from ccp_ext import cli, criteria, datasets, models, pipeline
 from ccp_ext.checkpoints import load_model
-from ccp_ext.compare import Arm, CompareSettings, compare, rank, summarise, tables
+from ccp_ext.compare import Arm, CompareSettings, compare
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
+from ccp_ext.summary import rank, summarise, tables
 
 
 def settings(inputs, **changes) -> CompareSettings:
@@ -259,11 +260,13 @@ def test_ranks_are_taken_within_budget_repair_and_seed():
         *(row(name, 0, a) for name, a in (("a", 90.0), ("b", 80.0), ("c", 80.0))),
         *(row(name, 1, a) for name, a in (("a", 50.0), ("b", 60.0), ("c", 40.0))),
     ]
-    assert rank(rows) == [
-        {"criterion": "a", "mean rank": 1.5, "best rank": 1.0, "worst rank": 2.0},
-        {"criterion": "b", "mean rank": 1.75, "best rank": 1.0, "worst rank": 2.5},
-        {"criterion": "c", "mean rank": 2.75, "best rank": 2.5, "worst rank": 3.0},
-    ]
+    found = rank(rows)
+    assert [entry["criterion"] for entry in found] == ["a", "b", "c"]
+    assert [entry["mean rank"] for entry in found] == [1.5, 1.75, 2.75]
+    assert [entry["best rank"] for entry in found] == [1.0, 1.0, 2.5]
+    assert [entry["worst rank"] for entry in found] == [2.0, 2.5, 3.0]
+    assert found[0]["spread"] == pytest.approx(math.sqrt(0.5))
+    assert rank(rows[:3])[0]["spread"] is None
 
 
 def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys):
