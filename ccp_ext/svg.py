@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = 8
-_WIDTH, _HEIGHT = 720, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 190, 14, 46
+_TOP = 14
+# Of the lines' plot: the place of its left, right and bottom sides, and the height of the chart.
+_LEFT, _RIGHT, _BOTTOM, _HEIGHT = 56, 530, 354, 400
+_STRIP = 460  # the width of a row behind its name
 
 
 @dataclass(frozen=True)
@@ -42,32 +44,33 @@ def lines(
     heights = [y + side * (spread or 0) for _, y, spread in points for side in (-1, 1)]
     if level is not None:
         heights.append(level[1])
-    across = _Scale(_padded([x for x, _, _ in points]), _LEFT, _WIDTH - _RIGHT)
-    up = _Scale(_padded(heights), _HEIGHT - _BOTTOM, _TOP)
+    across = _Scale(_padded([x for x, _, _ in points]), _LEFT, _RIGHT)
+    up = _Scale(_padded(heights), _BOTTOM, _TOP)
     parts = [_axes(across, up, x_label, y_label)]
     if level is not None:
         y = up(level[1])
         parts.append(
-            f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(level[0])}</text>'
         )
     # A few pixels aside, so that the error bars of equal budgets do not hide one another.
     aside = [3.0 * (k - (len(series) - 1) / 2) for k in range(len(series))]
     parts += [_line(line, across, up, dx) for line, dx in zip(series, aside, strict=True)]
-    x = _WIDTH - _RIGHT + 16
+    x = _RIGHT + 16
     for k, line in enumerate(series):
         y = _TOP + 6 + 18 * k
         name = f'<text x="{x + 12}" y="{y + 4}">{escape(line.name)}</text>'
         parts.append(f"<g {_style(line.style)}>{_mark(line.style, x, y)}</g>{name}")
-    return _svg(title, _WIDTH, max(_HEIGHT, _TOP + 6 + 18 * len(series)), parts)
+    width = x + 12 + _room(line.name for line in series)
+    return _svg(title, width, max(_HEIGHT, _TOP + 6 + 18 * len(series)), parts)
 
 
 def ranges(title: str, x_label: str, rows: Sequence[tuple[str, float, float]], first: float) -> str:
     """One line a row (name, value, spread) under a common axis that begins at ``first``."""
-    step, left = 24, 190
-    bottom = _TOP + step * len(rows)
+    step, left = 24, _room(name for name, _, _ in rows) + 20
+    right, bottom = left + _STRIP, _TOP + step * len(rows)
     highest = max(value + spread for _, value, spread in rows)
-    across = _Scale((first, highest), left, _WIDTH - 20)
+    across = _Scale((first, highest), left, right)
     parts = [
         f'<line class="grid" x1="{across(t):.1f}" x2="{across(t):.1f}" y1="{_TOP}" y2="{bottom}"/>'
         f'<text class="middle" x="{across(t):.1f}" y="{bottom + 16}">{_number(t)}</text>'
@@ -80,15 +83,15 @@ def ranges(title: str, x_label: str, rows: Sequence[tuple[str, float, float]], f
             f'<g {_style(0)}><line x1="{across(low):.1f}" x2="{across(value + spread):.1f}" '
             f'y1="{y}" y2="{y}"/>{_mark(0, across(value), y)}</g>'
         )
-    x = (left + _WIDTH - 20) / 2
+    x = (left + right) / 2
     parts.append(f'<text class="middle" x="{x}" y="{bottom + 36}">{escape(x_label)}</text>')
-    return _svg(title, _WIDTH, bottom + 44, parts)
+    return _svg(title, right + 20, bottom + 44, parts)
 
 
 def strips(title: str, rows: Sequence[tuple[str, int, Iterable[int]]]) -> str:
     """One strip a row (name, channels, those kept): tall bars stay, low ones go."""
-    step, left, right = 18, 190, 70
-    cell = min(10.0, (_WIDTH - left - right) / max(channels for _, channels, _ in rows))
+    step, left = 18, _room(name for name, _, _ in rows) + 16
+    cell = min(10.0, _STRIP / max(channels for _, channels, _ in rows))
     parts = []
     for k, (name, channels, kept) in enumerate(rows):
         y, kept = _TOP + step * k, set(kept)
@@ -101,7 +104,7 @@ def strips(title: str, rows: Sequence[tuple[str, int, Iterable[int]]]) -> str:
             f'<path class="kept" d="{tall}"/><path class="gone" d="{low}"/>'
             f'<text x="{left + cell * channels + 8:.1f}" y="{y + 11}">{len(kept)}/{channels}</text>'
         )
-    return _svg(title, _WIDTH, _TOP + step * len(rows) + 6, parts)
+    return _svg(title, left + _STRIP + 70, _TOP + step * len(rows) + 6, parts)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,11 @@ class _Scale:
         return self.start + share * (self.end - self.start)
 
 
+def _room(names: Iterable[str]) -> int:
+    """Width enough for the longest name."""
+    return 7 * max(map(len, names))
+
+
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 1.0
@@ -145,18 +153,18 @@ def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
     for t in _ticks(up.low, up.high):
         y = f"{up(t):.1f}"
         parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y}" y2="{y}"/>'
             f'<text class="end" x="{_LEFT - 8}" y="{up(t) + 4:.1f}">{_number(t)}</text>'
         )
     for t in _ticks(across.low, across.high):
         x = f"{across(t):.1f}"
         parts.append(
-            f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
-            f'<text class="middle" x="{x}" y="{_HEIGHT - _BOTTOM + 17}">{_number(t)}</text>'
+            f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_BOTTOM}"/>'
+            f'<text class="middle" x="{x}" y="{_BOTTOM + 17}">{_number(t)}</text>'
         )
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    middle = (_TOP + _BOTTOM) / 2
     parts.append(
-        f'<text class="middle" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}">'
+        f'<text class="middle" x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 8}">'
         f"{escape(x_label)}</text>"
         f'<text class="middle" transform="translate(14 {middle}) rotate(-90)">{escape(y_label)}'
         "</text>"
