@@ -81,8 +81,14 @@ def _prune(options: argparse.Namespace) -> None:
         data=options.data,
         macs=options.macs,
         params=options.params,
+        activations=options.activations,
+        latency=options.latency,
         ratio=options.ratio,
+        latency_table=options.latency_table,
+        allocation=options.allocation,
         multiple=options.multiple,
+        minimum=options.minimum,
+        rounds=options.rounds,
         criterion=options.criterion,
         options=criteria.Options(
             site=options.site,
@@ -235,8 +241,32 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--params", type=_count_or_share, help="share of the parameters to keep, or a count"
     )
+    budget.add_argument(
+        "--activations",
+        type=_count_or_share,
+        help="share of the outputs of all layers to keep, or a count of elements",
+    )
+    budget.add_argument(
+        "--latency",
+        type=_share_or_time,
+        help="share of the time of a forward pass to keep, or milliseconds such as 2.5ms",
+    )
     budget.add_argument("--ratio", type=float, help="share of every group's channels to remove")
+    prune.add_argument(
+        "--latency-table",
+        help="file of a latency table (default: measured for one image on the device)",
+    )
+    prune.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "optimal"),
+        help="one share for all groups (default), or what costs least by the criterion",
+    )
     prune.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
+    prune.add_argument("--minimum", type=int, default=1, help="least kept channels of a group")
+    prune.add_argument(
+        "--rounds", type=int, default=1, help="steps to the budget, with statistics before each"
+    )
     prune.add_argument(
         "--scope",
         default="inner",
@@ -369,6 +399,18 @@ def _count_or_share(text: str) -> float | int:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"must be a share such as 0.5 or a count, got {text!r}"
+        ) from None
+
+
+def _share_or_time(text: str) -> float | str:
+    """A number is a share, a number with the unit ms a time."""
+    if text.endswith("ms"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 0.5 or milliseconds such as 2.5ms, got {text!r}"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -120,6 +121,10 @@ class LatencyTable:
                 constant += float(staircase(out(whole), inputs(whole)))
         return Resource(constant, tables=tuple(tables))
 
+    def digest(self) -> str:
+        """SHA-256 of the content, in hexadecimal."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON.
 
@@ -127,7 +132,7 @@ class LatencyTable:
             InputError: the file cannot be written.
         """
         try:
-            files.write_text(path, json.dumps({"version": VERSION, **asdict(self)}) + "\n")
+            files.write_text(path, self._to_json() + "\n")
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"latency table {os.fspath(path)!r}: {reason}") from error
@@ -147,6 +152,9 @@ class LatencyTable:
             raise InputError(f"latency table {os.fspath(path)!r}: {reason}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"latency table {os.fspath(path)!r} is malformed: {error}") from error
+
+    def _to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)})
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> LatencyTable:

@@ -156,11 +156,20 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
             f"accuracy went from {first['accuracy %']:.2f} % to {last['accuracy %']:.2f} %."
         ),
         _section("Stages", _table("The model after each stage", stages), _training(folder)),
+        _forecast(report.get("forecast", [])),
         _section("Channels", *_channels(plan)),
         _section("Pairwise costs", *_matrices(plan, snapshot)),
         _section("Feature maps that are alike", *_alike(plan, snapshot)),
         _section("Settings", _facts(settings)),
     )
+
+
+def _forecast(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the criterion foresaw, if it foresees the loss."""
+    if not rows:
+        return ""
+    note = "The objective beside the change of the mean loss on the images of the statistics."
+    return _section("Forecast", _paragraph(note), _table("Forecast of each round", rows))
 
 
 def _training(folder: Path) -> str:

@@ -87,15 +87,15 @@ def make_plan(
         "ceilings": ceilings,
         "protected": protected,
     }
-    plain = allocate(graph, **budget, latency_table=latency_table, **rules)
-    curves: dict[str, Curve] = {}
+    curves = None
     if allocation == "optimal":
         curves = _curves(costs, allowed_counts(graph, **rules))
-        plain = allocate(graph, curves=curves, **budget, latency_table=latency_table, **rules)
+    found = allocate(graph, curves=curves, **budget, latency_table=latency_table, **rules)
     kept, objectives = {}, {}
     for group in graph.groups:
-        removed = group.channels - plain.keep[group.name]
-        mask, objective = _choose(costs[group.name], removed, curves.get(group.name), method)
+        removed = group.channels - found.keep[group.name]
+        known = curves and curves.get(group.name)
+        mask, objective = _choose(costs[group.name], removed, known, method)
         kept[group.name] = torch.nonzero(~mask).flatten().tolist()
         objectives[group.name] = objective
     note = {
@@ -103,7 +103,7 @@ def make_plan(
         "budget": {name: value for name, value in budget.items() if value is not None},
         "multiple": multiple,
         "objective": objectives,
-        "allocation": _summary(plain, allocation, math.fsum(objectives.values())),
+        "allocation": _summary(found, allocation, math.fsum(objectives.values())),
     }
     return PruningPlan.from_kept(graph, kept, record=note)
 
