@@ -9,7 +9,7 @@ from __future__ import annotations
 from ccp_ext import criteria, datasets, finetune, measure, models, ops, reference
 from ccp_ext._build import build_info, usable_devices
 from ccp_ext.allocation import Allocation, allocate
-from ccp_ext.compensation import reestimate_batchnorm
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
@@ -40,6 +40,7 @@ __all__ = [
     "datasets",
     "evaluate",
     "finetune",
+    "fold_means",
     "load",
     "make_plan",
     "masked",
@@ -49,6 +50,7 @@ __all__ = [
     "prune",
     "reestimate_batchnorm",
     "reference",
+    "refit",
     "save",
     "select",
     "trace",

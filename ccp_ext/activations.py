@@ -21,7 +21,7 @@ from ccp_ext.graph import Group, Tap
 if TYPE_CHECKING:
     from ccp_ext.datasets.image_set import ImageSet
 
-# Patches of so many values are formed at a time.
+# Patches of about so many values are formed at a time.
 _PATCH_VALUES = 1 << 24
 
 
@@ -39,7 +39,7 @@ class View:
     positions: tuple[tuple[int, ...], ...] | None = None
 
     def maps(self, tensor: Tensor) -> Tensor:
-        """The group's maps ``[N, C, ...]`` in the tensor; ``[N, C]`` where there is one position."""
+        """The group's maps ``[N, C, ...]`` in the tensor, ``[N, C]`` of single positions."""
         maps = tensor.detach().movedim(self.tap.channel_dim, 1)
         if self.positions is None:
             return maps
@@ -48,10 +48,13 @@ class View:
         return owned.squeeze(2) if index.shape[1] == 1 else owned
 
 
+Reader = tuple[Tap, Callable[[Tensor], None]]
+
+
 class Accumulator(Protocol):
     """Sums up what it sees of one group."""
 
-    def readers(self) -> Iterable[tuple[Tap, Callable[[Tensor], None]]]:
+    def readers(self) -> Iterable[Reader]:
         """The tensors to see, each with the function that gets it in every forward pass."""
         ...
 
@@ -63,7 +66,9 @@ def map_views(model: nn.Module, group: Group) -> tuple[View, ...]:
     addition and so before its activation; these channels are read where the consumers read them.
     """
     if not group.coupled:
-        indices = [None if t.index is None else tuple((i,) for i in t.index) for t in group.gate_taps]
+        indices = [
+            None if t.index is None else tuple((i,) for i in t.index) for t in group.gate_taps
+        ]
         return tuple(map(View, group.gate_taps, indices))
     return tuple(
         View(input_tap(model.get_submodule(part.module), part.module), part.index)
@@ -148,10 +153,14 @@ def observe(
 def read_at(
     model: nn.Module, tap: Tap, receive: Callable[[Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Let ``receive`` have the tensor at ``tap`` in every forward pass, before others change it."""
+    """Let ``receive`` have the tensor at ``tap`` in every forward pass, before others change it.
+
+    Raises:
+        InputError: the model lacks the module.
+    """
     module = dict(model.named_modules()).get(tap.module)
     if module is None:
-        raise InputError(f"observe: the model has no module {tap.module!r}")
+        raise InputError(f"the model has no module {tap.module!r} whose {tap.port} could be read")
     if tap.port == "input":
 
         def read_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -173,7 +182,8 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         layer: convolution (not grouped) or linear layer, with weight ``[O, I, *kernel]``.
-        x: its input, ``[N, I, *positions]``, or ``[N, ..., I]`` of a linear layer.
+        x: its input, ``[N, I, *positions]``, or ``[N, ..., I]`` of a linear layer; or some of the
+            input's channels.
 
     Returns:
         ``[N, P, F]`` with F = I * (size of the kernel), in the order of ``weight.flatten(1)``: the
@@ -192,40 +202,44 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def patch_blocks(layer: nn.Module, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The :func:`patches` of a few samples at a time, with the samples that they belong to."""
-    features = layer.weight[0].numel()
-    positions = max(1, x[0].numel() // layer.weight.shape[1])
-    step = max(1, _PATCH_VALUES // (features * positions))
-    for first in range(0, len(x), step):
-        samples = slice(first, first + step)
-        yield samples, patches(layer, x[samples])
-
-
-def patch_columns(layer: nn.Module, positions: Iterable[Iterable[int]]) -> Tensor:
-    """Which columns of :func:`patches` belong to each input channel, ``[C, b]``.
+def patch_gram(layer: nn.Module, x: Tensor) -> Tensor:
+    """The sum over samples and output positions of p p', with p the :func:`patches`.
 
     Args:
-        positions: of each group channel along the layer's input.
-    """
-    kernel = math.prod(layer.weight.shape[2:])
-    starts = torch.tensor([list(owned) for owned in positions]) * kernel  # [C, owned]
-    return (starts[..., None] + torch.arange(kernel)).flatten(1)
-
-
-def patch_gram(layer: nn.Module, x: Tensor, columns: Tensor | None = None) -> Tensor:
-    """The sum over samples and output positions of patch patch', in float64.
-
-    Args:
-        columns: int64 ``[n]`` of :func:`patches`; None for all.
+        layer, x: as in :func:`patches`; x may hold fewer channels than the layer reads.
 
     Returns:
-        ``[n, n]``.
+        float64 ``[F, F]``. Products are formed in float32, or float64 for float64 inputs.
     """
-    total = 0.0
-    for _, block in patch_blocks(layer, x):
-        rows = block.flatten(0, 1)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        rows = rows if columns is None else rows.index_select(1, columns.to(rows.device))
+    total = x.new_zeros((), dtype=torch.float64)
+    for samples in _sample_blocks(layer, x):
+        rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
         total = total + (rows.T @ rows).double()
     return total
+
+
+def patch_cross(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The sum over samples and output positions of p y', with p the :func:`patches`.
+
+    Args:
+        y: ``[N, K, *positions]`` at the layer's output, or ``[N, ..., K]`` of a linear layer.
+
+    Returns:
+        float64 ``[F, K]``, precise as in :func:`patch_gram`.
+    """
+    channel = 1 if isinstance(layer, CONVOLUTIONS) else -1
+    y = y.movedim(channel, -1).reshape(len(y), -1, y.shape[channel])
+    total = x.new_zeros((), dtype=torch.float64)
+    for samples in _sample_blocks(layer, x):
+        rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
+        total = total + (rows.T @ y[samples].flatten(0, 1).to(rows)).double()
+    return total
+
+
+def _sample_blocks(layer: nn.Module, x: Tensor) -> Iterator[slice]:
+    step = max(1, _PATCH_VALUES // (x[0].numel() * math.prod(layer.weight.shape[2:])))
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,15 +1,15 @@
 """Repair of a pruned model without training.
 
-:func:`fold_means` puts the means of what was removed into the next layer's bias, :func:`refit`
-solves each layer behind a cut anew by least squares, and :func:`reestimate_batchnorm` measures the
-BatchNorm statistics again; in this order.
+:func:`fold_means` puts the means of what was removed into the next layer's bias; :func:`refit`
+solves each layer behind a cut anew by least squares, the constant included; and
+:func:`reestimate_batchnorm` measures the BatchNorm statistics again, after either of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ccp_ext.activations import input_tap, patch_blocks, read_at
+from ccp_ext.activations import Reader, input_tap, patch_cross, patch_gram, read_at
 from ccp_ext.cutting import fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
@@ -85,8 +85,8 @@ def fold_means(
     """Give each layer of ``slim`` behind a cut the mean of what the removed inputs contributed.
 
     The mean over images and output positions goes to the layer's bias, or where it has none, to
-    the running mean of the BatchNorm that reads its output. Exact for removed channels that are
-    constant, except where a convolution pads them.
+    the running mean of the BatchNorm that reads its output, and that nothing else should read.
+    Exact for removed channels that are constant, except where a convolution pads them.
 
     Args:
         model: the plain model.
@@ -100,11 +100,9 @@ def fold_means(
         InputError: ``slim`` is not a pruned ``model``.
     """
     layers = [layer for layer in _cut_layers(model, slim, images) if layer.takes_constant]
-    means = _patch_means(model, layers, images, batch_size, progress)
+    means = _lost_means(model, layers, images, batch_size, progress)
     for layer in layers:
-        gone = layer.removed_columns()
-        weight = layer.plain.weight.detach().flatten(1).double()[layer.outputs]
-        layer.set_constant(weight[:, gone] @ means[layer.path][gone])
+        layer.set_constant(means[layer.path])
     return len(layers)
 
 
@@ -114,6 +112,7 @@ def refit(
     images: ImageSet,
     *,
     ridge: float = 1e-3,
+    together: int = 1,
     batch_size: int = 128,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -127,25 +126,35 @@ def refit(
 
     with lambda = ``ridge`` times the mean diagonal of XX'. The constant b goes where
     :func:`fold_means` puts it; that BatchNorm gets the plain model's statistics apart from the
-    shift. One pass over the images a layer, which ends at the layer. Sums are kept in float64.
+    shift. Every pass over the images ends at the layer that it is for. Sums are kept in float64.
 
     Args:
         model: the plain model.
         slim: the pruned one, from :func:`ccp_ext.prune`; changed in place.
         images: training images.
         ridge: weight of the old values, at least 0.
+        together: layers that share a pass, at least 1. They do not see each other's refit: fewer
+            passes, but errors add up again within them.
 
     Returns:
         By layer, the share of its outputs' variance that the refit leaves unexplained.
 
     Raises:
-        InputError: ``slim`` is not a pruned ``model``, or ``ridge`` is negative.
+        InputError: ``slim`` is not a pruned ``model``, or an option is out of range.
     """
     if not ridge >= 0:
         raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
+    if together < 1:
+        raise InputError(f"refit: together must be an integer of 1 or more, got {together!r}")
     layers = _cut_layers(model, slim, images)
-    bar = tqdm(layers, "refit", disable=not progress, leave=False)
-    return {layer.path: _refit_layer(model, slim, layer, images, ridge, batch_size) for layer in bar}
+    unexplained: dict[str, float] = {}
+    bar = tqdm(range(0, len(layers), together), "refit", disable=not progress, leave=False)
+    for first in bar:
+        some = layers[first : first + together]
+        regressions = _regressions(model, slim, some, images, batch_size)
+        for layer, sums in zip(some, regressions, strict=True):
+            unexplained[layer.path] = _fit(layer, sums, ridge)
+    return unexplained
 
 
 @dataclasses.dataclass
@@ -155,7 +164,7 @@ class _CutLayer:
     Attributes:
         plain, slim: the layer in both models.
         outputs, inputs: what stays of the plain one's.
-        norms: the BatchNorm, in both models, that reads the output.
+        norms: by path the BatchNorm layers, in both models, that read the output.
         calls: in one forward pass.
     """
 
@@ -165,25 +174,28 @@ class _CutLayer:
     outputs: Tensor
     inputs: Tensor
     calls: int = 0
-    norms: tuple[_BatchNorm, _BatchNorm] | None = None
+    norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
 
     @property
     def takes_constant(self) -> bool:
-        return self.slim.bias is not None or self.norms is not None
+        return self.slim.bias is not None or bool(self.norms)
 
-    def removed_columns(self) -> Tensor:
-        """Of the plain weight, flattened to ``[O, columns]``, those of the removed inputs."""
-        gone = torch.ones(self.plain.weight.shape[1], dtype=torch.bool, device=self.inputs.device)
+    def lost(self, x: Tensor) -> Tensor:
+        """Of the plain input x, what the removed channels contribute to the outputs that stay."""
+        gone = torch.ones(self.plain.weight.shape[1], dtype=torch.bool, device=x.device)
         gone[self.inputs] = False
-        return gone.repeat_interleave(self.plain.weight[0, 0].numel())
+        weight = self.plain.weight[self.outputs][:, gone]
+        if isinstance(self.plain, nn.Linear):
+            return nn.functional.linear(x[..., gone], weight).movedim(-1, 1)
+        return self.plain._conv_forward(x[:, gone], weight, None)
 
     def set_constant(self, constant: Tensor, *, with_bias: bool = False) -> None:
         """Let the layer add ``constant`` [O]; ``with_bias``: the plain bias is in it already."""
         if self.slim.bias is not None:
             own = 0.0 if with_bias else self.plain.bias.detach()[self.outputs]
             self.slim.bias.data.copy_(own + constant)
-        else:
-            plain, slim = self.norms
+            return
+        for plain, slim in self.norms.values():
             slim.running_mean.copy_(plain.running_mean[self.outputs] - constant)
             slim.running_var.copy_(plain.running_var[self.outputs])
 
@@ -193,6 +205,11 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     plan = getattr(slim, "ccp_plan", None)
     if plan is None or plan.fingerprint != fingerprint(model):
         raise InputError("compensation: slim must be the given model after ccp_ext.prune")
+    if place(slim, None) != place(model, None):
+        raise InputError(
+            f"compensation: the model is on {place(model, None)}, slim on {place(slim, None)}; put "
+            "both on one device"
+        )
     modules, plain_modules = dict(slim.named_modules()), dict(model.named_modules())
     device = place(slim, None)
     layers = {}
@@ -213,7 +230,7 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
 
     def enter(path: str, x: Tensor) -> None:
         if id(x) in made:
-            made[id(x)][0].norms = plain_modules[path], modules[path]
+            made[id(x)][0].norms[path] = plain_modules[path], modules[path]
 
     with contextlib.ExitStack() as stack:
         for path, layer in layers.items():
@@ -226,16 +243,16 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     return order
 
 
-def _patch_means(
+def _lost_means(
     model: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
-    """The mean patch, float64 ``[columns]``, that each layer of the plain model reads."""
+    """The mean, float64 ``[O]``, of what each layer's removed inputs contribute in ``model``."""
     sums = {layer.path: [0.0, 0] for layer in layers}
 
     def add(layer: _CutLayer, x: Tensor) -> None:
-        for _, block in patch_blocks(layer.plain, x):
-            sums[layer.path][0] += block.sum((0, 1), dtype=torch.float64)
-            sums[layer.path][1] += block.shape[0] * block.shape[1]
+        lost = layer.lost(x).transpose(0, 1).flatten(1)
+        sums[layer.path][0] += lost.sum(1, dtype=torch.float64)
+        sums[layer.path][1] += lost.shape[1]
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -249,61 +266,61 @@ def _patch_means(
     return {path: total / count for path, (total, count) in sums.items()}
 
 
-def _refit_layer(
-    model: nn.Module,
-    slim: nn.Module,
-    layer: _CutLayer,
-    images: ImageSet,
-    ridge: float,
-    batch_size: int,
-) -> float:
-    sums = _Regression()
-    with (
-        _evaluating(model),
-        _evaluating(slim),
-        _recorded(model, Tap(layer.path), layer.calls) as targets,
-        _recorded(slim, input_tap(layer.slim, layer.path), layer.calls) as inputs,
-    ):
+def _regressions(
+    model: nn.Module, slim: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int
+) -> list[_Regression]:
+    """Of each layer, the sums over the images of its slim inputs and plain outputs."""
+    sums = [_Regression() for _ in layers]
+    targets: list[list[Tensor]] = [[] for _ in layers]  # of the calls in one pass
+
+    def keep(k: int, output: Tensor) -> None:
+        layer = layers[k]
+        channel = input_tap(layer.plain, layer.path).channel_dim
+        targets[k].append(output.index_select(channel, layer.outputs))
+
+    def add(k: int, x: Tensor) -> None:
+        sums[k].add(layers[k].slim, x, targets[k].pop(0))
+
+    calls = sum(layer.calls for layer in layers)
+    outputs = [(Tap(layer.path), partial(keep, k)) for k, layer in enumerate(layers)]
+    inputs = [
+        (input_tap(layer.slim, layer.path), partial(add, k)) for k, layer in enumerate(layers)
+    ]
+    with _read(model, outputs, calls) as run_plain, _read(slim, inputs, calls) as run_slim:
         for x, _ in images.batches(batch_size):
-            for network, recorded in ((model, targets), (slim, inputs)):
-                recorded.clear()
-                with contextlib.suppress(_Reached):
-                    network(_example(network, x))
-            for seen, wanted in zip(inputs, targets, strict=True):
-                _add_layer(sums, layer, seen, wanted)
-    weight, constant, unexplained = sums.solve(
-        layer.slim.weight.detach().flatten(1).double(), ridge, layer.takes_constant
-    )
+            run_plain(x)
+            run_slim(x)
+    return sums
+
+
+def _fit(layer: _CutLayer, sums: _Regression, ridge: float) -> float:
+    """Give the layer its new weight and constant; returns the share of variance not explained."""
+    old = layer.slim.weight.detach().flatten(1).double()
+    weight, constant, unexplained = sums.solve(old, ridge, layer.takes_constant)
     layer.slim.weight.data.copy_(weight.view_as(layer.slim.weight))
     if layer.takes_constant:
         layer.set_constant(constant, with_bias=True)
     return unexplained
 
 
-def _add_layer(sums: _Regression, layer: _CutLayer, x: Tensor, y: Tensor) -> None:
-    if layer.slim.weight.dim() > 2:
-        y = y.flatten(2).mT
-    y = y.reshape(len(x), -1, y.shape[-1]).index_select(2, layer.outputs)
-    for samples, block in patch_blocks(layer.slim, x):
-        sums.add(block.flatten(0, 1), y[samples].flatten(0, 1))
-
-
 class _Regression:
-    """Sums for the least squares of y ``[M, O]`` on x ``[M, F]``, in float64."""
+    """Sums, in float64, for the least squares of a layer's outputs y on its input patches x."""
 
     def __init__(self) -> None:
         self.count = 0
         self.x = self.y = self.xx = self.xy = self.yy = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, y = x.to(dtype), y.to(dtype)
-        self.count += len(x)
-        self.x = self.x + x.sum(0, dtype=torch.float64)
-        self.y = self.y + y.sum(0, dtype=torch.float64)
-        self.xx = self.xx + (x.T @ x).double()
-        self.xy = self.xy + (x.T @ y).double()
-        self.yy = self.yy + y.square().sum(0, dtype=torch.float64)
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """y: the wanted output of the layer for the input x."""
+        channel = input_tap(layer, "").channel_dim % y.dim()
+        ones = torch.ones_like(y.narrow(channel, 0, 1))
+        others = [d for d in range(y.dim()) if d != channel]
+        self.count += ones.numel()
+        self.x = self.x + patch_cross(layer, x, ones).squeeze(1)
+        self.y = self.y + y.sum(others, dtype=torch.float64)
+        self.xx = self.xx + patch_gram(layer, x)
+        self.xy = self.xy + patch_cross(layer, x, y)
+        self.yy = self.yy + y.square().sum(others, dtype=torch.float64)
 
     def solve(self, old: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
         """Weight ``[O, F]``, constant ``[O]``, and the share of y's variance not explained."""
@@ -320,7 +337,7 @@ class _Regression:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right`` of a semidefinite matrix; the least of the solutions if it is singular."""
+    """``matrix^-1 right`` for a semidefinite matrix; the least solution if it is singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     negligible = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
@@ -331,25 +348,34 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 class _Reached(Exception):
-    """The layer was reached; the rest of the forward pass is not needed."""
+    """All tensors were read; the rest of the forward pass is not needed."""
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, tap: Tap, calls: int) -> Iterator[list[Tensor]]:
-    """The tensors at the tap of a forward pass, which ends with the last of ``calls``."""
-    seen: list[Tensor] = []
+def _read(
+    model: nn.Module, readers: list[Reader], calls: int
+) -> Iterator[Callable[[Tensor], None]]:
+    """A function that runs the model on images until ``calls`` tensors were read."""
+    left = 0
 
-    def keep(tensor: Tensor) -> None:
-        # Before another call the model may change the tensor in place.
-        seen.append(tensor.detach() if calls == 1 else tensor.detach().clone())
-        if len(seen) == calls:
+    def read(receive: Callable[[Tensor], None], tensor: Tensor) -> None:
+        nonlocal left
+        receive(tensor)
+        left -= 1
+        if not left:
             raise _Reached
 
-    handle = read_at(model, tap, keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def run(x: Tensor) -> None:
+        nonlocal left
+        left = calls
+        with contextlib.suppress(_Reached):
+            model(_example(model, x))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for tap, receive in readers:
+            stack.callback(read_at(model, tap, partial(read, receive)).remove)
+        yield run
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ccp_ext._curve import Curve, curve
+from ccp_ext.errors import InputError
 from ccp_ext.selection import Choice, select
 
 
@@ -81,7 +82,13 @@ class SearchedCost(Cost):
         return super().objective(removed) if self.loss is None else self.loss(removed)
 
     def choose(self, r: int, **options: Any) -> Choice:
-        """What the criterion's search finds; the options of a solver have no effect."""
+        """What the criterion's search finds; the options of a solver have no effect.
+
+        Raises:
+            InputError: ``r`` is not within 0 to C.
+        """
+        if not 0 <= r <= self.channels:
+            raise InputError(f"choose: r must lie within 0 to C = {self.channels}; got {r!r}")
         removed = self.search(r)
         return Choice(removed, self.objective(removed), -math.inf, "heuristic", "search")
 

@@ -329,7 +329,7 @@ def test_a_latency_budget_measures_a_table_once(inputs, tmp_path, capsys, monkey
     assert cli.main(command) == 0
     assert ccp_ext.LatencyTable.load(output / "latency.json") == table
     model = models.create("resnet8")
-    graph = ccp_ext.trace(model, torch.zeros(1, 3, SIZE, SIZE))
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
     plan = ccp_ext.PruningPlan.load(output / "plan.json")
     keep = {name: len(group.kept) for name, group in plan.groups.items()}
     assert table.predict(graph, keep) <= 0.7 * table.milliseconds

@@ -260,7 +260,11 @@ def distance(model: nn.Module, slim: nn.Module, data: ImageSet) -> float:
     return float((outputs(slim, data) - expected).norm() / expected.norm())
 
 
-BEHIND = [{"bias": True, "norm": False}, {"bias": False, "norm": True}, {"bias": True, "norm": True}]
+BEHIND = [
+    {"bias": True, "norm": False},
+    {"bias": False, "norm": True},
+    {"bias": True, "norm": True},
+]
 
 
 @pytest.mark.parametrize("behind", BEHIND)
@@ -283,6 +287,37 @@ def test_folding_leaves_the_mean_over_images_and_positions_as_it_was():
     fold_means(model, slim, data, progress=False)
     means = [outputs(m[:3], data).mean((0, 2, 3)) for m in (model, slim)]
     torch.testing.assert_close(*means)
+
+
+def test_folding_into_a_batchnorm_starts_from_the_plain_models_statistics():
+    model, data = convolutions(bias=False, norm=True), image_set()
+    model[0].weight.data[1], model[0].bias.data[1] = 0, 0.8
+    slim = pruned(model, {"0": [0, 2, 3, 4, 5]})
+    batches = data.normalise(data.images).double().split(16)
+    reestimate_batchnorm(slim, batches, progress=False)
+    assert distance(model, slim, data) > 1e-3
+    fold_means(model, slim, data, progress=False)
+    assert distance(model, slim, data) < 1e-12
+
+
+def test_every_batchnorm_behind_a_layer_gets_its_constant():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+            self.second = nn.Conv2d(4, 5, 1, bias=False)
+            self.left, self.right = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            x = self.second(torch.relu(self.first(x)))
+            return self.left(x).tanh() - self.right(x).sigmoid()
+
+    torch.manual_seed(0)
+    model, data = lively(Two()).double().eval(), image_set()
+    model.first.weight.data[1], model.first.bias.data[1] = 0, 0.8
+    slim = pruned(model, {"first": [0, 2, 3]})
+    fold_means(model, slim, data, progress=False)
+    assert distance(model, slim, data) < 1e-12
 
 
 def test_folding_skips_a_layer_without_bias_and_batchnorm():
@@ -332,6 +367,23 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     assert list(left) == ["2", "6"]
 
 
+def test_layers_refitted_together_do_not_see_each_others_refit():
+    model, data = convolutions(bias=True, norm=False), image_set(100)
+    slim = pruned(model, {"0": [0, 2, 3], "2": [1, 2, 4]})
+    alone = copy.deepcopy(slim)
+    with torch.no_grad():
+        x = slim[:-1](data.normalise(data.images).double())
+    target = outputs(model, data)
+    refit(model, alone, data, ridge=0.0, progress=False)
+    refit(model, slim, data, ridge=0.0, together=2, batch_size=20, progress=False)
+    torch.testing.assert_close(slim[2].weight, alone[2].weight)
+    system = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    fitted = system @ torch.linalg.lstsq(system, target).solution
+    with torch.no_grad():
+        torch.testing.assert_close(slim[-1](x), fitted)
+        assert not torch.allclose(alone[-1](x), fitted)
+
+
 def test_a_refit_goes_through_a_residual_network_in_order():
     model = lively(ccp_ext.models.create("resnet8")).eval()
     data = image_set(24, 16)
@@ -342,9 +394,7 @@ def test_a_refit_goes_through_a_residual_network_in_order():
     before = distance(model, slim, data)
     assert fold_means(model, folded, data, progress=False) == 7
     left = refit(model, slim, data, progress=False)
-    assert list(left) == [
-        f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)
-    ] + ["linear"]
+    assert list(left) == [f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)] + ["linear"]
     assert all(0 <= share < 1 for share in left.values())
     assert distance(model, slim, data) < distance(model, folded, data) < before
     again = ccp_ext.prune(copy.deepcopy(model), plan)
@@ -408,3 +458,5 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
             repair(plain, other, data, progress=False)
     with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
         refit(model, slim, data, ridge=-1)
+    with pytest.raises(InputError, match="together must be an integer of 1 or more, got 0"):
+        refit(model, slim, data, together=0)

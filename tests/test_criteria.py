@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import inf
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import ccp_ext
 from ccp_ext import criteria, models, trace
+from ccp_ext.cost import SearchedCost
 from ccp_ext.criteria import gather
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
@@ -168,6 +170,45 @@ def test_gathered_statistics_are_those_of_collect(subject):
     for name in stats:
         assert torch.equal(gathered[name].S, stats[name].S)
         assert torch.equal(gathered[name].u, stats[name].u)
+
+
+def test_gathering_goes_on_from_its_checkpoint(subject, tmp_path):
+    model, graph, images = subject
+    criterion, path = criteria.get("ccp-paper"), tmp_path / "statistics.pt"
+    whole = gather(model, graph.inner, criterion, images, batch_size=4, progress=False)
+    stopped = images.subset(range(8))
+    gather(model, graph.inner, criterion, stopped, batch_size=4, checkpoint=path, progress=False)
+    options = {"batch_size": 4, "checkpoint": path, "progress": False}
+    resumed = gather(model, graph.inner, criterion, images, **options)
+    for name in whole:
+        assert whole[name].count == resumed[name].count == 12
+        assert torch.equal(whole[name].S, resumed[name].S)
+    torch.save({"batches": 1}, path)
+    with pytest.raises(InputError, match="statistics.pt is damaged or of another run"):
+        gather(model, graph.inner, criterion, images, **options)
+
+
+def test_gathering_refuses_a_loss_that_is_not_finite(subject):
+    model, graph, images = subject
+    broken = copy.deepcopy(model)
+    broken.linear.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match="the loss is nan within the first 12 images"):
+        gather(broken, graph.inner, criteria.get("ccp-paper"), images, progress=False)
+
+
+def test_a_searched_cost_returns_what_its_search_finds():
+    found = torch.tensor([True, False, True])
+    quadratic = SearchedCost(u=-torch.arange(3.0), search=lambda r: found)
+    choice = quadratic.choose(2, method="exact", node_limit=3)
+    assert choice.removed is found and choice.objective == 2.0
+    assert (choice.lower_bound, choice.status, choice.method) == (-inf, "heuristic", "search")
+    exact = SearchedCost(u=-torch.arange(3.0), search=lambda r: found, loss=lambda m: 7.0)
+    assert exact.choose(2).objective == exact.objective(found) == 7.0
+    for r in (-1, 4):
+        with pytest.raises(InputError, match=f"r must lie within 0 to C = 3; got {r}"):
+            exact.choose(r)
+    with pytest.raises(ValueError, match="search must be given"):
+        SearchedCost(u=torch.zeros(3))
 
 
 def test_random_is_the_seeds(subject):

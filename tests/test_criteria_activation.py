@@ -14,8 +14,7 @@ from test_criteria import costs_by, noise
 from torch import nn
 
 from ccp_ext import Cost, models, select, trace
-from ccp_ext.activations import map_views, observe, patch_columns, patch_gram, patches
-from ccp_ext.criteria.similarity import similarity
+from ccp_ext.activations import map_views, observe, patch_cross, patch_gram, patches
 from ccp_ext.errors import InputError
 
 
@@ -91,7 +90,7 @@ def test_observing_leaves_the_model_as_it_was():
 
 def test_a_module_that_the_model_lacks_is_named(subject):
     model, graph, images = subject
-    with pytest.raises(InputError, match="no module 'layer1.0.relu'"):
+    with pytest.raises(InputError, match="no module 'layer1.0.relu' whose output"):
         observe(Shared(), {"g": Keep(model, graph.inner.groups[0])}, [], progress=False)
 
 
@@ -128,17 +127,22 @@ def test_patches_of_other_layers(layer, shape):
     torch.testing.assert_close(y.flatten(0, 1), expected.movedim(channel, -1).reshape(-1, 5))
 
 
-def test_the_gram_of_some_columns_is_a_part_of_the_whole(monkeypatch):
+def test_grams_and_products_of_patches_add_up_over_blocks_of_samples(monkeypatch):
     layer, x = nn.Conv2d(5, 3, 3, padding=1).double(), torch.randn(7, 5, 6, 6).double()
-    columns = patch_columns(layer, [(4,), (1,)])
-    assert columns.tolist() == [list(range(36, 45)), list(range(9, 18))]
-    whole = patch_gram(layer, x)
-    rows = F.unfold(x, 3, padding=1).mT.reshape(-1, 45)
-    torch.testing.assert_close(whole, rows.T @ rows)
-    chosen = columns.flatten()
-    # Two samples at a time, so that several blocks add up.
-    monkeypatch.setattr("ccp_ext.activations._PATCH_VALUES", 2 * 36 * 45)
-    torch.testing.assert_close(patch_gram(layer, x, chosen), whole[chosen][:, chosen])
+    y = torch.randn(7, 4, 6, 6).double()
+    rows = F.unfold(x, 3, padding=1).mT.flatten(0, 1)
+    targets = y.movedim(1, -1).flatten(0, 2)
+    for values in (1 << 24, 2 * 36 * 45):  # all at once, two samples at a time
+        monkeypatch.setattr("ccp_ext.activations._PATCH_VALUES", values)
+        torch.testing.assert_close(patch_gram(layer, x), rows.T @ rows)
+        torch.testing.assert_close(patch_cross(layer, x, y), rows.T @ targets)
+    some = F.unfold(x[:, [4, 1]], 3, padding=1).mT.flatten(0, 1)
+    torch.testing.assert_close(patch_gram(layer, x[:, [4, 1]]), some.T @ some)
+
+
+def test_products_of_a_linear_layers_tokens():
+    layer, x, y = nn.Linear(4, 5), torch.randn(2, 6, 4).double(), torch.randn(2, 6, 3).double()
+    torch.testing.assert_close(patch_cross(layer, x, y), torch.einsum("nlf,nlk->fk", x, y))
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ def ssim(x, y, L):
 
 def psnr(x, y, L):
     error = ((x - y) ** 2).mean()
-    return 100.0 if error <= 1e-10 * L**2 else 10 * math.log10(L**2 / error)
+    return 60.0 if error <= 1e-6 * L**2 else 10 * math.log10(L**2 / error)
 
 
 @pytest.mark.parametrize(("kind", "measure"), [("ssim", ssim), ("psnr", psnr)])
@@ -205,15 +209,19 @@ def test_qsfm_compares_every_pair_of_maps(kind, measure, subject):
     assert torch.equal(S.diagonal(), torch.zeros(32, dtype=S.dtype))
 
 
-@pytest.mark.parametrize("kind", ["ssim", "psnr"])
-def test_similarity_of_equal_and_of_empty_maps_is_the_largest(kind):
-    maps = torch.randn(2, 3, 4, 4)
-    maps[:, 1] = maps[:, 0]
-    maps[1] = 0
-    largest = {"ssim": 1.0, "psnr": 100.0}[kind]
-    matrix = similarity(maps, kind)
-    assert float(matrix[0, 0, 1]) == pytest.approx(largest)
-    torch.testing.assert_close(matrix[1], torch.full((3, 3), largest, dtype=torch.float64))
+@pytest.mark.parametrize(("kind", "largest"), [("ssim", 1.0), ("psnr", 60.0)])
+def test_equal_and_empty_maps_are_as_similar_as_can_be(kind, largest):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph = trace(model, torch.randn(1, 3, 8, 8))
+    model[0].weight.data[2] = model[0].weight.data[1]
+    model[0].bias.data[2] = model[0].bias.data[1]
+    S = costs_by(f"qsfm-{kind}", model, graph, noise(5, 8))["0"].S
+    assert float(S[1, 2]) == pytest.approx(largest)
+    assert float(S[0, 1]) < 0.99 * largest
+    model[0].weight.data.zero_()
+    model[0].bias.data.fill_(-1.0)
+    S = costs_by(f"qsfm-{kind}", model, graph, noise(5, 8))["0"].S
+    torch.testing.assert_close(S, largest * (1 - torch.eye(4)).double(), check_dtype=False)
 
 
 def test_qsfm_costs_are_the_kept_maps_summed_similarity_up_to_a_constant():

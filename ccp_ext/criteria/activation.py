@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.activations import Activations, View, map_views
+from ccp_ext.activations import Activations, Reader, View, map_views
 from ccp_ext.cost import Cost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.graph import Group
@@ -24,7 +24,7 @@ class MapAccumulator(ABC):
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.views = map_views(model, group)
 
-    def readers(self) -> Iterator:
+    def readers(self) -> Iterator[Reader]:
         for view in self.views:
             yield view.tap, partial(self._receive, view)
 
@@ -119,7 +119,9 @@ class _Rank(MapAccumulator):
 
     def add(self, view, maps) -> None:
         total, images = self.sums.get(view, (0, 0))
-        ranks = torch.linalg.matrix_rank(_as_matrices(maps.float()))
+        ranks = torch.linalg.matrix_rank(
+            _as_matrices(maps if maps.dtype == torch.float64 else maps.float())
+        )
         self.sums[view] = total + ranks.double().sum(0), images + len(maps)
 
     def score(self) -> Tensor:

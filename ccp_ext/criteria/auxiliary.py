@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +16,18 @@ from ccp_ext.criteria.ccp import SecondOrder
 from ccp_ext.criteria.gradients import gradients_only_of
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
-from ccp_ext.statistics import GroupStatistics, collect
+from ccp_ext.statistics import collect
 
 HEADS = 3
 
 
-class _WithHeads(Mapping):
-    """Statistics of the network's loss and those of its auxiliary heads together."""
+class StatisticsWithHeads:
+    """Collects the statistics of the network's loss and of its auxiliary heads' together.
+
+    Attributes:
+        statistics: of :func:`ccp_ext.collect`.
+        heads: once they are trained.
+    """
 
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, options: dict[str, Any], seed: int
@@ -33,15 +37,6 @@ class _WithHeads(Mapping):
         self._curvature = options["curvature"]
         self.heads: AuxiliaryHeads | None = None
         self._exit = contextlib.ExitStack()
-
-    def __getitem__(self, group: str) -> GroupStatistics:
-        return self.statistics[group]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.statistics)
-
-    def __len__(self) -> int:
-        return len(self.statistics)
 
     def prepare(self, images, *, batch_size: int, progress: bool) -> None:
         """Train the heads."""
@@ -59,7 +54,7 @@ class _WithHeads(Mapping):
             progress=progress,
         )
 
-    def __enter__(self) -> _WithHeads:
+    def __enter__(self) -> StatisticsWithHeads:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.statistics)
             stack.enter_context(gradients_only_of((), self.heads))
@@ -94,7 +89,7 @@ class CCPAuxiliary(SecondOrder):
     def statistics(self) -> None:
         """None: the pass is the observation's."""
 
-    def observation(self, model, graph) -> _WithHeads:
+    def observation(self, model, graph) -> StatisticsWithHeads:
         settings = super().statistics()
         if settings["curvature"] not in ("logits", "empirical"):
             raise InputError(
@@ -105,7 +100,7 @@ class CCPAuxiliary(SecondOrder):
             raise InputError(
                 "criterion 'ccp-ac' takes first_order=True only with curvature='empirical'"
             )
-        return _WithHeads(model, graph, settings, self.options.seed)
+        return StatisticsWithHeads(model, graph, settings, self.options.seed)
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         return super().costs(model, graph, data.statistics)

@@ -72,6 +72,7 @@ class GateRefit(Criterion):
     name = "gate-refit"
     source = "this package; OBS (Hassibi and Stork, NeurIPS 1993) on the gates"
     summary = "pairwise curvature left after the kept channels were rescaled"
+    note = "the rescaling itself is part of what ccp_ext.compensation.refit does"
 
     def statistics(self) -> dict[str, Any]:
         options = self.options

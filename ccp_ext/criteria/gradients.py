@@ -68,7 +68,13 @@ class MiniBatchGram(GradientObservation):
     def __init__(self, model: nn.Module, graph: ChannelGraph, size: int) -> None:
         super().__init__(model)
         self.size, self.count = size, 0
-        self._sums: dict[str, Tensor] = {}
+        device = next(model.parameters()).device
+        self._sums = {
+            group.name: torch.zeros(
+                group.channels, group.channels, dtype=torch.float64, device=device
+            )
+            for group in graph.groups
+        }
         self._batch: dict[str, Tensor] = {}
         taps = {group.name: group.gate_taps for group in graph.groups}
         self._observer = Observer(
@@ -84,7 +90,7 @@ class MiniBatchGram(GradientObservation):
         cross_entropy(self.model(x), y, reduction="sum").backward()
         for group, a in self._batch.items():
             means = torch.stack([part.mean(0) for part in a.double().split(self.size)])
-            self._sums[group] = self._sums.get(group, 0) + means.T @ means
+            self._sums[group] += means.T @ means
         self.count += -(-len(x) // self.size)
 
     def _attach(self, stack: contextlib.ExitStack) -> None:
@@ -111,8 +117,11 @@ class WeightFisher(GradientObservation):
     def __init__(self, model: nn.Module, graph: ChannelGraph, seed: int) -> None:
         super().__init__(model)
         self.count = 0
-        self._sums: dict[nn.Parameter, Tensor] = {}
         self._layers = _producers(model, graph)
+        self._sums = {
+            layer.weight: torch.zeros_like(layer.weight, dtype=torch.float64, requires_grad=False)
+            for layer in self._layers
+        }
         self._generator = torch.Generator().manual_seed(seed)
 
     def mean(self, weight: nn.Parameter) -> Tensor:
@@ -143,11 +152,9 @@ class WeightFisher(GradientObservation):
         positions = gradient.shape[2]
         values = layer.weight.numel() + positions * layer.weight[0].numel()
         step = max(1, self._VALUES // values)
-        total = self._sums.get(layer.weight, 0)
         for part, g in zip(x.split(step), gradient.split(step), strict=True):
             squares = (g @ patches(layer, part)).square()
-            total = total + squares.sum(0, dtype=torch.float64).view_as(layer.weight)
-        self._sums[layer.weight] = total
+            self._sums[layer.weight] += squares.sum(0, dtype=torch.float64).view_as(layer.weight)
 
 
 class HessianProduct(GradientObservation):
@@ -176,7 +183,9 @@ class HessianProduct(GradientObservation):
         with gradients_only_of(self._weights, self.model):
             loss = cross_entropy(self.model(x), y, reduction="sum")
             gradients = torch.autograd.grad(loss, self._weights, create_graph=True)
-            along = sum((g * w.detach()).sum() for g, w in zip(gradients, self._weights, strict=True))
+            along = sum(
+                (g * w.detach()).sum() for g, w in zip(gradients, self._weights, strict=True)
+            )
             products = torch.autograd.grad(along, self._weights)
         for (g_sum, p_sum), g, p in zip(self._sums, gradients, products, strict=True):
             g_sum += g.detach()

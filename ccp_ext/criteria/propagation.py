@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ccp_ext.activations import Activations, input_tap, read_at
+from ccp_ext.activations import Activations, Reader, input_tap, read_at
 from ccp_ext.cost import Cost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.cutting import CONVOLUTIONS
@@ -29,7 +29,7 @@ class _Responses:
         self._tap = tap
         self._seen: list[Tensor] = []
 
-    def readers(self) -> Iterator:
+    def readers(self) -> Iterator[Reader]:
         yield self._tap, lambda x: self._seen.append(_pooled(x.detach().double(), self._tap))
 
     def values(self) -> Tensor:
@@ -108,7 +108,9 @@ def _propagate(
 
     def watch(name: str, at: Tap):
         def add(gradient: Tensor) -> None:
-            owned = gradient.movedim(at.channel_dim, 1).flatten(2) if gradient.dim() > 2 else gradient
+            owned = (
+                gradient.movedim(at.channel_dim, 1).flatten(2) if gradient.dim() > 2 else gradient
+            )
             sums = owned.sum(2).sum(0) if owned.dim() > 2 else owned.sum(0)
             scores[name] = scores[name] + (sums if at.index is None else sums[list(at.index)])
 
@@ -143,7 +145,9 @@ def _last_input(model: nn.Module, graph: ChannelGraph) -> Tap:
     layers = [(m, model.get_submodule(m)) for m in (layer.module for layer in graph.layers)]
     weighted = [(path, layer) for path, layer in layers if isinstance(layer, kinds)]
     if not weighted:
-        raise InputError("criterion 'nisp' needs a convolution or linear layer that ends the network")
+        raise InputError(
+            "criterion 'nisp' needs a convolution or linear layer that ends the network"
+        )
     path, layer = weighted[-1]
     return input_tap(layer, path)
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.activations import Activations, input_tap, patch_columns, patch_gram
+from ccp_ext.activations import Activations, Reader, input_tap, patch_gram
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.criteria.refitting import RefitProblem, greedy_order
@@ -27,9 +27,9 @@ class Consumers:
             for part in group.consumers
         ]
 
-    def readers(self) -> Iterator:
+    def readers(self) -> Iterator[Reader]:
         for part in self._parts:
-            yield input_tap(part.layer, part.path), part.add
+            yield part.tap, part.add
 
     def problems(self, ridge: float) -> list[RefitProblem]:
         return [RefitProblem(p.moments, p.weight, self.channels, ridge) for p in self._parts]
@@ -51,24 +51,24 @@ class Consumers:
 
 class _Consumer:
     def __init__(self, layer: nn.Module, path: str, positions: tuple[tuple[int, ...], ...]) -> None:
-        self.layer, self.path = layer, path
-        self.columns = patch_columns(layer, positions).flatten()
-        self.total: Tensor | float = 0.0
-        self.samples = 0
+        self.layer, self.tap = layer, input_tap(layer, path)
+        self._channels = torch.tensor(positions, device=layer.weight.device).flatten()
+        self._total: Tensor | float = 0.0
+        self._samples = 0
 
     def add(self, x: Tensor) -> None:
-        self.total = self.total + patch_gram(self.layer, x.detach(), self.columns)
-        self.samples += len(x)
+        x = x.detach().index_select(self.tap.channel_dim, self._channels)
+        self._total = self._total + patch_gram(self.layer, x)
+        self._samples += len(x)
 
     @property
     def moments(self) -> Tensor:
         """Summed over positions, averaged over the samples."""
-        return self.total / self.samples
+        return self._total / self._samples
 
     @property
     def weight(self) -> Tensor:
-        weight = self.layer.weight.detach().flatten(1).double()
-        return weight[:, self.columns.to(weight.device)]
+        return self.layer.weight.detach()[:, self._channels].flatten(1).double()
 
 
 class _Reconstruction(Criterion):
@@ -104,7 +104,7 @@ class ThiNet(_Reconstruction):
 
 @register
 class ChannelPruning(_Reconstruction):
-    """min over b of 1/2 ||Y - sum_i b_i Y_i||^2 + lambda ||b||_1, with as many b_i as shall stay."""
+    """min over b of 1/2 ||Y - sum_i b_i Y_i||^2 + lambda ||b||_1; nonzero b_i stay."""
 
     name = "channel-pruning"
     source = "He et al., ICCV 2017 (Channel Pruning)"
@@ -137,7 +137,7 @@ class OSSCAR(_Reconstruction):
 
 @register
 class Refit(_Reconstruction):
-    """cost = sum_i c_i m_i + sum_{i<j} (c_ij - c_i - c_j) m_i m_j, exact for one and two channels."""
+    """sum_i c_i m_i + sum_{i<j} (c_ij - c_i - c_j) m_i m_j, exact for one and two channels."""
 
     name = "refit"
     source = "this package; block OBS (Hassibi and Stork, NeurIPS 1993) as a pairwise cost"
@@ -227,9 +227,7 @@ def _next_event(
 ) -> tuple[float, int | None]:
     """How far lambda falls until a channel enters or leaves the support, and which one."""
     slope = gram[:, support] @ direction
-    enter = torch.stack(
-        [(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)]
-    )
+    enter = torch.stack([(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)])
     enter[~(enter > 1e-12 * level)] = torch.inf
     steps = enter.amin(0)
     leave = -b[support] / direction

@@ -13,9 +13,6 @@ from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.activation import MapAccumulator
 from ccp_ext.criteria.base import Criterion, register
 
-# Of equal maps the error is zero; the ratio of peak to noise ends here, in decibels.
-_LARGEST_PSNR = 100.0
-
 
 class _Similarity(MapAccumulator):
     """The mean over images and tensors of the similarity of each pair of maps."""
@@ -27,7 +24,8 @@ class _Similarity(MapAccumulator):
         self.count = 0
 
     def add(self, view, maps) -> None:
-        self.total = self.total + similarity(maps, self.kind).sum(0)
+        mean = map_similarity(_in_unit_range(maps), self.kind)
+        self.total = self.total + mean * len(maps)
         self.count += len(maps)
 
     def matrix(self) -> Tensor:
@@ -75,7 +73,9 @@ def _drop_from_closest_pairs(similarity: Tensor, r: int) -> Tensor:
         pair = divmod(int(left.argmax()), len(left))
         sums = left.nan_to_num(neginf=0.0).sum(1)
         # A last channel has no partner; there is nothing to compare.
-        gone = max(pair, key=lambda i: float(sums[i])) if kept.sum() > 1 else int(kept.int().argmax())
+        gone = (
+            max(pair, key=lambda i: float(sums[i])) if kept.sum() > 1 else int(kept.int().argmax())
+        )
         removed[gone] = True
         left[gone] = left[:, gone] = -torch.inf
     return removed
@@ -97,24 +97,30 @@ class QSFMPSNR(_QSFM):
     kind = "psnr"
 
 
-def similarity(maps: Tensor, kind: str) -> Tensor:
-    """The similarity of each pair of a sample's maps.
+def _in_unit_range(maps: Tensor) -> Tensor:
+    """Each sample's maps over the distance of its largest and least value (unless that is 0)."""
+    values = maps.flatten(1)
+    span = values.amax(1) - values.amin(1)
+    span = torch.where(span > 0, span, 1.0)
+    return maps / span.view(-1, *(1 for _ in maps.shape[1:]))
 
-    With L the range (largest minus least value) of the sample's maps, over whole maps,
+
+def map_similarity(maps: Tensor, kind: str) -> Tensor:
+    """The mean over samples of the similarity of each pair of maps, for values of range 1.
+
+    With the moments over whole maps,
 
     - "ssim": (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)) with
-      C1 = (0.01 L)^2, C2 = (0.03 L)^2 (Wang et al., 2004, with one window); 1 where L is 0;
-    - "psnr": 10 log10(L^2 / mean squared error) in decibels, at most 100.
+      C1 = 0.01^2, C2 = 0.03^2 (Wang et al., 2004, with one window);
+    - "psnr": -10 log10(mean squared error) in decibels, at most 60.
 
     Args:
         maps: ``[N, C, ...]``.
 
     Returns:
-        float64 ``[N, C, C]``.
+        float64 ``[C, C]``.
     """
     x = maps.double().reshape(*maps.shape[:2], -1)
-    span = (x.amax((1, 2)) - x.amin((1, 2))).view(-1, 1, 1)
-    square = torch.where(span > 0, span, 1.0) ** 2
     mean = x.mean(2, keepdim=True)
     x = x - mean
     covariance = x @ x.mT / x.shape[2]
@@ -122,8 +128,7 @@ def similarity(maps: Tensor, kind: str) -> Tensor:
     variances = variance.unsqueeze(1) + variance.unsqueeze(2)
     if kind == "psnr":
         error = variances - 2 * covariance + (mean - mean.mT) ** 2
-        floor = 10 ** (-_LARGEST_PSNR / 10)
-        return -10 * torch.log10((error / square).clamp(min=floor))
-    c1, c2 = 0.01**2 * square, 0.03**2 * square
+        return (-10 * torch.log10(error.clamp(min=1e-6))).mean(0)
+    c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean * mean.mT + c1) / (mean**2 + mean.mT**2 + c1)
-    return luminance * (2 * covariance + c2) / (variances + c2)
+    return (luminance * (2 * covariance + c2) / (variances + c2)).mean(0)
