@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ccp_ext import files, summary, svg
-from ccp_ext.criteria.similarity import similarity
+from ccp_ext.criteria.similarity import map_similarity
 from ccp_ext.errors import InputError
 from ccp_ext.plan import PruningPlan
 from ccp_ext.report import cell
@@ -277,7 +277,8 @@ def _alike(plan: PruningPlan, snapshot: Snapshot) -> list[str]:
 def _most_similar(maps: Tensor) -> list[tuple[int, int, float]]:
     """(i, j, similarity) of a few pairs of maps ``[C, H, W]``, no channel in two of them."""
     alive = maps.flatten(1).std(1) > 0
-    values = similarity(maps.unsqueeze(0), "ssim")[0]
+    span = float(maps.amax() - maps.amin()) or 1.0
+    values = map_similarity(maps.unsqueeze(0) / span, "ssim")
     values = values.masked_fill(~(alive[:, None] & alive), -torch.inf).triu(1)
     values = values.masked_fill(torch.ones_like(values).tril().bool(), -torch.inf)
     pairs = []

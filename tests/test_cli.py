@@ -231,6 +231,7 @@ def test_rounds_reach_the_budget_by_equal_factors(in_rounds):
         "report.json",
         "settings.json",
         "slim.safetensors",
+        "snapshot.safetensors",
     ]
 
 
