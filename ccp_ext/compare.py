@@ -68,8 +68,8 @@ class Arm:
             InputError: an unknown criterion or option, or a value that is out of range.
         """
         name, *settings = text.split(":")
-        fields = [f.name for f in dataclasses.fields(criteria.Options) if f.name != "seed"]
-        known = ["allocation", *fields]
+        known = {f.name: f.type for f in dataclasses.fields(criteria.Options) if f.name != "seed"}
+        known["allocation"] = "str"
         options = {}
         for setting in settings:
             option, given, value = setting.partition("=")
@@ -79,6 +79,9 @@ class Arm:
                     f"{', '.join(known)}"
                 )
             options[option] = _value(value) if given else True
+            accepted = known[option].replace("float", "float | int").split(" | ")
+            if type(options[option]).__name__ not in accepted:
+                raise InputError(f"criteria: {text!r} sets {option}, which takes {known[option]}")
         criteria.get(name)
         own = options.pop("allocation", None)
         if own is not None:
@@ -284,9 +287,9 @@ def _sharing_together(arms: Sequence[Arm], seed: int) -> list[Arm]:
 def _statistics_key(arm: Arm, seed: int) -> str:
     """Equal for arms whose statistics are equal."""
     needed = arm.with_seed(seed).statistics()
-    return (
-        f"{arm.criterion} {arm.options}" if needed is None else json.dumps(needed, sort_keys=True)
-    )
+    if needed is None:
+        return f"{arm.criterion} {arm.options}"
+    return json.dumps(needed, sort_keys=True)
 
 
 @dataclass
