@@ -204,7 +204,7 @@ def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
         ({"seeds": (-1,)}, "seeds must be at least 0, got -1"),
         ({"criteria": ("l1", "l1")}, "criteria holds a value twice"),
         ({"criteria": ("magic",)}, "criterion must be one of"),
-        ({"criteria": ("ccp:colour=red",)}, "'colour'; an option must be one of allocation"),
+        ({"criteria": ("ccp:colour=red",)}, "'colour'; an option must be one of site, "),
         ({"criteria": ("ccp:seed=1",)}, "'seed'; an option must be one of"),
         ({"criteria": ("ccp:diagonal=maybe",)}, "sets diagonal, which takes bool"),
         ({"criteria": ("ccp:temperature",)}, "sets temperature, which takes float"),
