@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccp_ext._curve import Curve, curve
 from ccp_ext.errors import InputError
-from ccp_ext.selection import Choice, select
+from ccp_ext.selection import Choice, Curve, curve, select
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Cost:
         return select(self.S, u=self.u, r=r, **options)
 
     def curve(self, counts: Sequence[int]) -> Curve:
-        """The cost of removing so many channels, for each of ``counts``, increasing."""
+        """The cost of removing so many channels, for each of ``counts``, ascending."""
         return curve(self.S, u=self.u, counts=counts)
 
     def diagonal(self) -> Cost:
@@ -96,8 +95,8 @@ class SearchedCost(Cost):
         """What the search finds for each count; it has no lower bound."""
         choices = [self.choose(r) for r in counts]
         return Curve(
-            np.array(counts),
+            tuple(counts),
             np.array([choice.objective for choice in choices]),
             np.array([choice.lower_bound for choice in choices]),
-            torch.stack([choice.removed for choice in choices]),
+            torch.stack([choice.removed for choice in choices]).numpy(),
         )

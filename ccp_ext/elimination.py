@@ -5,7 +5,8 @@ widths of v's neighbours (non-serial dynamic programming: U. Bertele and F. Brio
 n_v meets its neighbours in products only, that minimum is the convex conjugate of f_v at a slope
 that is linear in the neighbours' widths, and costs a constant time for each entry of the table.
 
-Where the tables would exceed ``TABLE_LIMIT`` entries, the minimum is bounded from below instead:
+Where tables would exceed ``TABLE_LIMIT`` entries, the minimum is bounded from below instead, with
+tables of up to ``RELAXED_LIMIT`` entries:
  - a product by its tangent in logarithms, x y >= x0 y0 (1 + log(x / x0) + log(y / y0)), which is a
    sum of terms in one width each and exact at the reference (x0, y0);
  - terms that need a common table too large, by the sum of their separate minima (mini-buckets:
@@ -25,6 +26,9 @@ from ccp_ext.resource import Resource, Table
 
 # 32 MiB of float64: two streams of 1024 and 2048 channels, every width of each, fit.
 TABLE_LIMIT = 2**22
+# Where that is not enough, tables this small give better bounds than larger ones: more products are
+# relaxed by their tangents, which are tight near the reference, and fewer minima are separated.
+RELAXED_LIMIT = 2**10
 
 _EPS = np.finfo(np.float64).eps
 
@@ -59,13 +63,13 @@ class Elimination:
         widths: Vectors,
         resource: Resource,
         reference: Mapping[str, int],
-        limit: int = TABLE_LIMIT,
+        limit: int,
     ) -> None:
         """
         Args:
             widths: the allowed keep counts of each group, increasing.
             reference: a keep count of each group, where relaxed products are exact.
-            limit: entries of a table, at most.
+            limit: entries of a table over two or more groups, at most.
         """
         self._widths = {name: np.asarray(n, dtype=np.float64) for name, n in widths.items()}
         self._limit = limit
@@ -85,6 +89,20 @@ class Elimination:
             self._add_table(table)
         links = {name: set(others) for name, others in self._products.items()}
         self._steps = list(self._plan(links, reference))
+
+    @classmethod
+    def of(
+        cls,
+        widths: Vectors,
+        resource: Resource,
+        reference: Mapping[str, int],
+        limit: int = TABLE_LIMIT,
+    ) -> Elimination:
+        """The exact elimination if ``limit`` allows it, else the relaxed one."""
+        elimination = cls(widths, resource, reference, limit)
+        if elimination.exact:
+            return elimination
+        return cls(widths, resource, reference, min(limit, RELAXED_LIMIT))
 
     @property
     def exact(self) -> bool:
@@ -169,7 +187,8 @@ class Elimination:
                 continue
             for k, bucket in enumerate(buckets):
                 joint = tuple(dict.fromkeys(bucket.scope + scope))
-                if self._size({*joint, name}) <= self._limit or not bucket.factors:
+                grows = len({*joint, name}) > max(len(scope), len(bucket.scope) + 1)
+                if not grows or self._size({*joint, name}) <= self._limit:
                     others = tuple(v for v in joint if v != name)
                     buckets[k] = _Bucket(others, (*bucket.factors, factor))
                     break

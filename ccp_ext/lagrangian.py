@@ -81,7 +81,7 @@ def cheapest(program: Program, limit: int = TABLE_LIMIT) -> dict[str, int]:
     narrowest = dict.fromkeys(program.widths, 0)
     if not program.resource.tables:
         return narrowest
-    elimination = Elimination(program.widths, program.resource, program.keep(narrowest), limit)
+    elimination = Elimination.of(program.widths, program.resource, program.keep(narrowest), limit)
     nothing = {name: np.zeros(len(n)) for name, n in program.widths.items()}
     return min(narrowest, elimination.minimise(nothing, 1.0)[1], key=program.cost)
 
@@ -93,30 +93,30 @@ def solve(program: Program, lower_values: Vectors, limit: int = TABLE_LIMIT) -> 
 
     Args:
         lower_values: at most the values, at every width.
-        limit: see :class:`ccp_ext.elimination.Elimination`.
+        limit: see :meth:`ccp_ext.elimination.Elimination.of`.
     """
     upper = _without_equals(program)
     below = Program(program.widths, lower_values, program.resource, program.budget)
     lower = _without_equals(below)
     least = cheapest(upper, limit)
-    whole = {name: len(n) - 1 for name, n in upper.widths.items()}
-    best = _fitted(upper, whole, least)
+
+    def improved(chosen: Mapping[str, int]) -> dict[str, int]:
+        return _improved(upper, _fitted(upper, chosen, least))
+
+    best = improved({name: len(n) - 1 for name, n in upper.widths.items()})
     bound, multiplier, relaxed = -math.inf, 0.0, 0
-    for attempt in range(_REFERENCES):
+    for _ in range(_REFERENCES):
         reference = upper.keep(best)
         dual = _Dual(upper, reference, limit)
         dual.maximise()
-        starts = {tuple(p.chosen.items()): p.chosen for p in dual.nearest()}
-        found = [
-            _improved(upper, _fitted(upper, chosen, least)) for chosen in (*starts.values(), best)
-        ]
-        best = min(found, key=lambda c: (upper.objective(c), upper.cost(c)))
+        found = [best, *(improved(point.chosen) for point in dual.nearest())]
+        best = min(found, key=lambda chosen: (upper.objective(chosen), upper.cost(chosen)))
         if not _same(upper, lower):
             dual = _Dual(lower, reference, limit, near=dual.best.multiplier)
             dual.maximise()
         if dual.best.bound > bound:
             bound, multiplier, relaxed = dual.best.bound, dual.best.multiplier, dual.relaxed
-        if dual.relaxed == 0 or upper.keep(best) == reference and attempt:
+        if dual.relaxed == 0 or upper.keep(best) == reference:
             break
     objective = upper.objective(best)
     return Optimum(upper.keep(best), objective, min(bound, objective), multiplier, relaxed)
@@ -143,7 +143,7 @@ class _Dual:
     ) -> None:
         """``near``: a multiplier near the best one, if known."""
         self._program = program
-        self._elimination = Elimination(program.widths, program.resource, reference, limit)
+        self._elimination = Elimination.of(program.widths, program.resource, reference, limit)
         self._reference, self._limit, self._near = reference, limit, near
         self.relaxed = self._elimination.relaxed
         self._points: list[_Point] = []

@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from ccp_ext._curve import Curve
 from ccp_ext.allocation import Allocation, allocate, allowed_counts
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
+from ccp_ext.selection import Curve
 from ccp_ext.statistics import Statistics
 
 ALLOCATIONS = ("uniform", "optimal")
@@ -23,6 +22,9 @@ ALLOCATIONS = ("uniform", "optimal")
 # Enough to prove most groups of up to 128 channels optimal. A limit by the clock would make the
 # plan depend on the machine's speed.
 NODE_LIMIT = 1000
+
+# More counts would cost minutes for groups of a thousand channels, and hardly change their sum.
+CURVE_COUNTS = 256
 
 
 def make_plan(
@@ -55,7 +57,8 @@ def make_plan(
         macs, params, activations, latency, ratio, per_group, latency_table: the budget; see
             :func:`ccp_ext.allocation.allocate`.
         allocation: "uniform" gives all groups one common fraction; "optimal" computes each group's
-            cost for every count and minimises their sum within the budget.
+            cost for every count (for evenly spaced ones, if there are more than ``CURVE_COUNTS``)
+            and minimises their sum within the budget.
         multiple, minimum, floors, ceilings, protected: rules on the counts; see
             :func:`ccp_ext.allocation.allocate`.
         method: of :func:`ccp_ext.select`.
@@ -88,7 +91,8 @@ def make_plan(
         "protected": protected,
     }
     curves = None
-    if allocation == "optimal":
+    # A ratio or counts by group leave nothing to choose.
+    if allocation == "optimal" and ratio is None and per_group is None:
         curves = _curves(costs, allowed_counts(graph, **rules))
     found = allocate(graph, curves=curves, **budget, latency_table=latency_table, **rules)
     kept, objectives = {}, {}
@@ -109,12 +113,20 @@ def make_plan(
 
 
 def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict[str, Curve]:
-    """The curve of every group that may lose channels, at the counts that it may lose."""
+    """The curve of every group that may lose channels, at counts that it may lose."""
     return {
-        name: costs[name].curve([costs[name].channels - count for count in reversed(keep)])
+        name: costs[name].curve([costs[name].channels - k for k in reversed(_spaced(keep))])
         for name, keep in allowed.items()
         if keep != [costs[name].channels]
     }
+
+
+def _spaced(counts: list[int]) -> list[int]:
+    """At most ``CURVE_COUNTS`` of the counts, both ends among them."""
+    last = len(counts) - 1
+    if last < CURVE_COUNTS:
+        return counts
+    return [counts[k * last // (CURVE_COUNTS - 1)] for k in range(CURVE_COUNTS)]
 
 
 def _choose(
@@ -123,7 +135,7 @@ def _choose(
     """The mask of removed channels and its cost: the cost's own choice, or the curve's if lower."""
     choice = cost.choose(removed, method=method, time_limit=math.inf, node_limit=NODE_LIMIT)
     if known is not None:
-        at = int(np.flatnonzero(np.asarray(known.counts) == removed)[0])
+        at = known.counts.index(removed)
         if known.objective[at] < choice.objective:
             return torch.as_tensor(known.removed[at]), float(known.objective[at])
     return choice.removed, choice.objective

@@ -91,7 +91,7 @@ def lagrangian(widths, values, resource, multiplier, chosen):
 def test_the_minimum_is_that_of_all_widths(seed, tables):
     program = random_program(seed, tables=tables)
     reference = {n: int(w[0]) for n, w in program[0].items()}
-    elimination = Elimination(program[0], program[2], reference)
+    elimination = Elimination.of(program[0], program[2], reference)
     assert elimination.exact
     for multiplier in (0.0, 0.05, 0.3, 2.0):
         expected = enumerated(*program, multiplier)

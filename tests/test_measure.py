@@ -130,6 +130,12 @@ def test_the_table_is_a_staircase_up_to_the_next_width_measured(chain, table):
     assert table.predict(graph) == table.milliseconds == tiles(model, ())
 
 
+def test_wide_sides_are_measured_at_wider_steps(chain, monkeypatch):
+    monkeypatch.setattr(measure, "MOST_STEPS", 3)
+    layers = measure.latency_table(*chain, widths=2, timer=tiles).layers
+    assert layers["first"].out == (4, 8, 12) and layers["head"].inputs == (4, 8, 10)
+
+
 def test_what_is_not_in_layers_is_taken_to_shrink_with_them(chain):
     whole = measure.latency_table(
         *chain,

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from small_networks import Concat, Depthwise, InPlace, Shared, SqueezeExcite, Tokens
 from torch import nn
 
+from benchmarks.allocation import synthetic_curves
+from benchmarks.resnet50 import ResNet50
 from ccp_ext.allocation import Allocation, allocate
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
@@ -217,6 +219,27 @@ def test_floors_ceilings_and_protected_groups_hold(bottlenecks, with_curves):
     assert found.keep[wide.name] in (2, 4)
     assert found.keep[second] == bottlenecks[second].channels
     assert found.achieved <= found.budget
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return trace(ResNet50().eval(), torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_resnet50_meets_every_budget_from_below_and_near_its_bound(resnet50, scope):
+    graph = resnet50.select_groups(scope)
+    curves = synthetic_curves(graph, seed=1)
+    for share in (0.2, 0.5, 0.9):
+        found = allocate(graph, curves=curves, macs=share)
+        assert found.relaxed == 0
+        assert 0.995 * found.budget <= found.achieved <= found.budget
+        own = {n: Curve(c.counts, c.objective, c.objective) for n, c in curves.items()}
+        tight = allocate(graph, curves=own, macs=share)
+        assert found.lower_bound <= tight.lower_bound <= tight.objective == found.objective
+        assert tight.gap <= 0.005 * tight.objective
+        uniform = allocate(graph, curves=curves, per_group=allocate(graph, macs=share).keep)
+        assert found.objective < 0.8 * uniform.objective
 
 
 def test_other_budgets_are_valued_by_the_curves(bottlenecks):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ccp_ext
-from ccp_ext import Cost, InputError, criteria, make_plan, models
+from ccp_ext import Cost, InputError, criteria, make_plan, models, planning
 from ccp_ext.cost import SearchedCost
 
 
@@ -80,6 +80,22 @@ def test_optimal_plans_cost_no_more_than_uniform_ones_and_have_a_bound(graph, bu
     assert summary["lower_bound"] <= summary["objective"]
     assert summary["gap"] == summary["objective"] - summary["lower_bound"]
     assert "lower_bound" not in uniform.record["allocation"]
+
+
+def test_wide_groups_are_allocated_over_evenly_spaced_counts(graph, monkeypatch):
+    monkeypatch.setattr(planning, "CURVE_COUNTS", 5)
+    plan = make_plan(graph, random_costs(graph), macs=0.5, allocation="optimal")
+    for group in graph.groups:
+        counts = [1 + k * (group.channels - 1) // 4 for k in range(5)]
+        assert len(plan.groups[group.name].kept) in counts
+    note = plan.record["allocation"]
+    assert note["lower_bound"] <= note["objective"]
+
+
+def test_what_leaves_nothing_to_choose_is_the_same_for_both_allocations(graph):
+    costs = random_costs(graph)
+    uniform = make_plan(graph, costs, ratio=0.5)
+    assert make_plan(graph, costs, ratio=0.5, allocation="optimal").groups == uniform.groups
 
 
 def test_costs_with_a_search_of_their_own_are_allocated_without_a_bound(graph):
