@@ -37,7 +37,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ed; --faint: #a3adb8;
   --rule: #363d46; --mark: #6cb8ee; --c0: #6cb8ee; --c1: #f39a5c; --c2: #3ccfab; --c3: #ea92bf;
   --c4: #dfc04a; --c5: #ada3ff; --c6: #93d272; --c7: #b9c0c8; } }
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--paper);
+body { margin: 2rem auto; max-width: 94rem; padding: 0 1rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 p { max-width: 46rem; } .faint, figcaption { color: var(--faint); }

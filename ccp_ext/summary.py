@@ -104,8 +104,8 @@ def _cells(entry: Mapping[str, Any]) -> dict[str, Any]:
     for part in PARTS:
         cells[f"{part} %"] = with_spread(entry, f"{part} accuracy")
     cells["report loss"] = with_spread(entry, "report loss", 4)
-    for name in ("MACs", "parameters"):
-        cells[f"{name} kept"] = f"{entry[f'{name} kept']:.1%}"
+    for head, name in (("MACs %", "MACs"), ("params %", "parameters")):
+        cells[head] = f"{100 * entry[f'{name} kept']:.1f}"
     cells["objective"] = f"{entry['objective']:.4g}"
     for name in COSTS:
         cells[f"{name} s"] = f"{entry[f'{name} seconds']:.2f}"
