@@ -140,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from ccp_ext import compare, page
+    from ccp_ext import compare, page, summary
     from ccp_ext.finetune import FinetuneConfig
     from ccp_ext.report import table
 
@@ -161,6 +161,7 @@ def _compare(options: argparse.Namespace) -> None:
         params=options.params,
         seeds=options.seeds,
         repair=options.repair,
+        allocation=options.allocation,
         multiple=options.multiple,
         scope=options.scope,
         images=options.images,
@@ -170,9 +171,9 @@ def _compare(options: argparse.Namespace) -> None:
     )
     devices = [_device(name) for name in options.device.split(",")]
     result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
-    for title, rows in compare.tables(result):
+    for title, rows in summary.tables(result):
         print(f"\n{title}\n{table(rows)}")
-    print(f"\n{compare.explanation(result)}\n{page.write(options.output)}")
+    print(f"\n{summary.explanation(result)}\n{page.write(options.output)}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -333,6 +334,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         help="shares of the parameters to keep, or counts",
     )
+    compare.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "optimal"),
+        help="of the criteria that do not say their own, as ccp:allocation=optimal does",
+    )
     compare.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     compare.add_argument(
         "--scope",
@@ -348,8 +355,8 @@ def _parser() -> argparse.ArgumentParser:
         "--repair",
         type=_list_of(str),
         default=("batchnorm",),
-        help="none, or steps of batchnorm, finetune joined by +, such as "
-        "none,batchnorm,batchnorm+finetune (default batchnorm)",
+        help="none, or steps of fold, refit, batchnorm, finetune joined by +, such as "
+        "none,batchnorm,refit+batchnorm (default batchnorm)",
     )
     compare.add_argument(
         "--reestimate-images", type=int, default=10_000, help="training images for the repair"

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ccp_ext import criteria, datasets, files, measure, surgery
+from ccp_ext import criteria, datasets, files, measure, snapshot, surgery
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
-from ccp_ext.evaluation import evaluate
+from ccp_ext.evaluation import evaluate, place
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
 from ccp_ext.latency import LatencyTable
@@ -120,10 +120,11 @@ def run(
 ) -> dict[str, Any]:
     """Prune, repair, evaluate and save; an interrupted run goes on where it stopped.
 
-    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors`` and
-    ``report.json`` (last, so a report means that the rest is whole), ``latency.json`` if it
-    measured a latency table, and while it runs ``stages.json``, ``forecast.json``,
-    ``statistics.pt`` and ``finetune.pt``, and with several rounds a plan of each.
+    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
+    ``snapshot.safetensors`` (what :mod:`ccp_ext.page` shows of the statistics) and ``report.json``
+    (last, so a report means that the rest is whole), ``latency.json`` if it measured a latency
+    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt`` and
+    ``finetune.pt``, and with several rounds a plan of each.
 
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
@@ -245,9 +246,13 @@ class _Rounds:
             checkpoint=self.folder.path / self._file("statistics", number, "pt"),
             progress=self.progress,
         )
+        costs = self.criterion.costs(model, graph, stats)
+        if number == 1:
+            shown = snapshot.take(model, graph, costs, self.inputs.train)
+            shown.save(self.folder.path / "snapshot.safetensors")
         return make_plan(
             graph,
-            self.criterion.costs(model, graph, stats),
+            costs,
             **self.schedule.at(number, graph, self.plan),
             allocation=settings.allocation,
             **settings.rules(),
@@ -337,19 +342,22 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
     """Load what the names stand for.
 
     Raises:
-        InputError: something is missing, unreadable or does not fit, or no group is in the scope.
+        InputError: something is missing, unreadable or does not fit, the device cannot be used, or
+            no group is in the scope.
     """
     train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
     factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, subject.weights).to(device)
-    example = train.normalise(train.images[:1]).to(device)
+    model = load_model(factory, subject.weights)
+    example = train.normalise(train.images[:1]).to(place(model, device))
     return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
 
 
 def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
-    """Raise InputError for options of a criterion that :func:`ccp_ext.collect` refuses."""
+    """Raise InputError for a criterion whose options or whose needs of the model are not met."""
     if (needed := criterion.statistics()) is not None:
         collect(model, graph, **needed)  # nothing is observed yet
+    else:
+        criterion.observation(model, graph)
 
 
 def gather(

@@ -11,31 +11,6 @@ from safetensors import safe_open
 
 import ccp_ext
 from ccp_ext import cli, models, pipeline
-from ccp_ext.compensation import reestimate_batchnorm
-
-SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A data set and a network's weights, as files."""
-    folder = tmp_path_factory.mktemp("inputs")
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 96), ("test", 40)):
-        labels = rng.integers(0, 10, count)
-        images = rng.integers(0, 80, (count, 3, SIZE, SIZE)) + 15 * labels[:, None, None, None]
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.astype(np.uint8), labels
-    torch.manual_seed(0)
-    model = models.create("resnet8")
-    x = torch.from_numpy(arrays["train_images"]).float() / 128 - 1
-    reestimate_batchnorm(model, x.split(48), progress=False)
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
-        folder / "weights.th",
-    )
-    np.savez(folder / "data.npz", **arrays)
-    return folder
 
 
 def prune_command(inputs, output, **changes):
@@ -256,6 +231,7 @@ def test_rounds_reach_the_budget_by_equal_factors(in_rounds):
         "report.json",
         "settings.json",
         "slim.safetensors",
+        "snapshot.safetensors",
     ]
 
 
@@ -354,7 +330,7 @@ def test_a_latency_budget_measures_a_table_once(inputs, tmp_path, capsys, monkey
     assert cli.main(command) == 0
     assert ccp_ext.LatencyTable.load(output / "latency.json") == table
     model = models.create("resnet8")
-    graph = ccp_ext.trace(model, torch.zeros(1, 3, SIZE, SIZE))
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
     plan = ccp_ext.PruningPlan.load(output / "plan.json")
     keep = {name: len(group.kept) for name, group in plan.groups.items()}
     assert table.predict(graph, keep) <= 0.7 * table.milliseconds

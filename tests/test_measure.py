@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -247,3 +249,29 @@ def test_bad_tables_and_widths_are_named(chain, table, tmp_path):
             LatencyTable.load(tmp_path / "bad.json")
     with pytest.raises(InputError, match="missing.json"):
         LatencyTable.load(tmp_path / "missing.json")
+
+
+def test_resources_are_the_time_and_the_peak_above_the_start():
+    if measure._status_bytes("VmHWM") is None:
+        pytest.skip("needs Linux's /proc")
+    with measure.resources("cpu") as used:
+        time.sleep(0.05)
+        large = torch.ones(16 * 2**20)  # 64 MiB
+        del large
+    assert used.seconds >= 0.05 and 60 < used.mebibytes < 100
+    with measure.resources("cpu") as after:
+        pass
+    assert after.mebibytes < 10 and after.seconds < used.seconds
+    assert used.then(after).seconds == used.seconds + after.seconds
+    assert used.then(after).mebibytes == used.mebibytes
+    assert used.then(measure.Resources(1.0, None)).mebibytes is None
+
+
+@pytest.mark.gpu
+def test_resources_on_a_gpu(cuda):
+    held = torch.ones(2**20, device=cuda)  # 4 MiB
+    with measure.resources(cuda) as used:
+        large = torch.ones(16 * 2**20, device=cuda)
+        del large
+    assert 68 <= used.mebibytes < 100 and len(held)
+    assert "GPU" in measure.memory_kind(cuda)
