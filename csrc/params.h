@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/layout.h"
+#include "csrc/similarity.h"
 
 namespace ccp {
 
@@ -22,6 +23,15 @@ struct WeightedGramParams {
   int64_t S_stride;
   int64_t a_sample_stride, a_term_stride, a_channel_stride;
   int64_t sigma_sample_stride, sigma_term_stride;
+};
+
+// Means over the samples of the similarity between map i of x and map j of g, or of x itself.
+struct MapSimilarityParams {
+  ChannelDotParams maps;  // out is [C, C], contiguous; g is x if symmetric
+  bool symmetric;
+  SimilarityKind kind;
+  double scale;  // map_scale
+  bool allow_tf32;
 };
 
 }  // namespace ccp
