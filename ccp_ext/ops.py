@@ -7,6 +7,8 @@ of shapes and dtypes, with the same messages.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ccp_ext import _C  # noqa: F401  (its import registers the operators)
 
 _channel_dot = torch.ops.ccp_ext.channel_dot.default
 _weighted_gram = torch.ops.ccp_ext.weighted_gram_.default
+_channel_moments = torch.ops.ccp_ext.channel_moments.default
 _map_similarity = torch.ops.ccp_ext.map_similarity.default
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -77,6 +80,57 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
     except RuntimeError as error:
         raise _bad_argument(error, "weighted_gram_") from None
     return S
+
+
+class ChannelMoments(NamedTuple):
+    """What ``channel_moments`` returns: for each channel, over samples and positions.
+
+    Moments of several batches merge: sums, zeros and count add up, ``minimum`` and ``maximum`` are
+    those of the batches. Without elements, ``minimum`` is infinity and ``maximum`` minus infinity.
+    """
+
+    sum: Tensor  # [C], float64, as all but zeros
+    square_sum: Tensor
+    zeros: Tensor  # [C], int64: values equal to 0, of either sign
+    minimum: Tensor
+    maximum: Tensor
+    count: int  # values per channel
+
+
+def channel_moments(x: Tensor, channel_dim: int = 1) -> ChannelMoments:
+    """Sum, sum of squares, number of zeros, minimum and maximum of each channel, in one read of x.
+
+    ``sum[c] = sum over samples n and positions p of x[n, c, p]``, and so on. ``zeros / count`` is
+    the average percentage of zeros (APoZ, Hu et al., arXiv 1607.03250); ``sum / count`` and
+    ``square_sum / count - (sum / count)^2`` are the mean and the population variance that a
+    BatchNorm layer estimates; minimum and maximum bound a histogram.
+
+    Args:
+        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]``, ``[N, C, D, H, W]``, or with the channel
+            elsewhere, such as ``[N, L, C]`` with ``channel_dim=-1``. float32, float64, bfloat16 or
+            float16; any strides. Contiguous and channels-last tensors are read fastest; nothing is
+            copied.
+        channel_dim: The channel's dimension, not 0; negative counts from the end.
+
+    Returns:
+        ``ChannelMoments``. Sums are made of short sums in float32 (float64 for float64 inputs),
+        added up in float64: their error is some 1e-6 of the sum of the terms' magnitudes at most. A
+        channel that holds NaN has NaN for sum, square_sum, minimum and maximum. Two calls give
+        equal bits, also with another number of CPU threads.
+
+    Raises:
+        ValueError: x has fewer than two dimensions or another dtype, or ``channel_dim`` is out of
+            range.
+
+    Not differentiable: call it on detached tensors.
+    """
+    try:
+        moments = _channel_moments(x, channel_dim)
+    except RuntimeError as error:
+        raise _bad_argument(error, "channel_moments") from None
+    total, square_sum, zeros, minimum, maximum = moments.unbind()
+    count = x.shape[:channel_dim].numel() * x.shape[channel_dim:][1:].numel()
+    return ChannelMoments(total, square_sum, zeros.long(), minimum, maximum, count)
 
 
 def map_similarity(
@@ -260,3 +314,23 @@ def _(
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((x.shape[1], x.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("ccp_ext::channel_moments")
+def _(x: Tensor, channel_dim: int = 1) -> Tensor:
+    _check(
+        x.dim() >= 2,
+        f"channel_moments: x must have at least 2 dimensions, [N, C, ...], got {list(x.shape)}",
+    )
+    channel = channel_dim + x.dim() if channel_dim < 0 else channel_dim
+    _check(
+        0 < channel < x.dim(),
+        f"channel_moments: channel_dim must name a dimension of x {list(x.shape)} other than 0 "
+        f"(the samples), got {channel_dim}",
+    )
+    _check(
+        x.dtype in _FLOATING,
+        "channel_moments: x must be float32, float64, bfloat16 or float16, got "
+        f"{_dtype_name(x.dtype)}",
+    )
+    return x.new_empty((5, x.shape[channel]), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,29 @@ def weighted_gram(a: Tensor, sigma: Tensor | None = None) -> Tensor:
     rows = a.double().reshape(a.shape[:-1].numel(), a.shape[-1])
     weighted = rows if sigma is None else rows * sigma.double().reshape(-1, 1)
     return weighted.T @ rows
+
+
+def channel_moments(x: Tensor, channel_dim: int = 1) -> Tensor:
+    """Per channel, over samples and positions: sum, sum of squares, zeros, minimum, maximum.
+
+    Args:
+        x: ``[N, ..., C, ...]`` with the channel in ``channel_dim``, at least two dimensions.
+        channel_dim: Any dimension but 0; negative counts from the end.
+
+    Returns:
+        ``[5, C]``, float64. Without elements: 0, 0, 0, infinity, minus infinity.
+    """
+    values = x.double().movedim(channel_dim, 0).flatten(1)
+    limit = values.new_full((values.shape[0], 1), torch.inf)
+    return torch.stack(
+        [
+            values.sum(1),
+            values.square().sum(1),
+            (values == 0).sum(1).double(),
+            torch.cat([values, limit], 1).amin(1),
+            torch.cat([values, -limit], 1).amax(1),
+        ]
+    )
 
 
 def map_similarity(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/layout.h"
+#include "csrc/moments.h"
 #include "csrc/similarity.h"
 
 namespace ccp {
@@ -23,6 +24,14 @@ struct WeightedGramParams {
   int64_t S_stride;
   int64_t a_sample_stride, a_term_stride, a_channel_stride;
   int64_t sigma_sample_stride, sigma_term_stride;
+};
+
+// The moments of every channel over all samples and positions.
+struct ChannelMomentsParams {
+  const void* x;
+  double* out;  // [kMomentRows, C] contiguous
+  // Without samples: they are positions here. Both strides of a dimension are those of x.
+  ChannelDotLayout layout;
 };
 
 // Means over the samples of the similarity between map i of x and map j of g, or of x itself.

@@ -120,7 +120,7 @@ CCP_HD Acc self_similarity(const MapTerms<Acc>& a) {
 
 // Calls use(integral_constant of kind).
 template <class Use>
-decltype(auto) with_kind(SimilarityKind kind, Use&& use) {
+CCP_HD void with_kind(SimilarityKind kind, Use&& use) {
   switch (kind) {
     case SimilarityKind::kSsim:
       return use(std::integral_constant<SimilarityKind, SimilarityKind::kSsim>{});
