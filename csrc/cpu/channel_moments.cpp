@@ -32,14 +32,15 @@ void run(const ChannelMomentsParams& params) {
   const int64_t items = by_position ? blocks : blocks * channels;
   const int64_t elements = std::min(block, layout.positions) * (by_position ? channels : 1);
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements));
-  std::vector<Moments> parts(blocks * channels);
+  std::vector<double> parts(blocks * kMomentRows * channels);
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     kernel(params, block, parts.data(), begin, end);
   });
   for (int64_t c = 0; c < channels; ++c) {
     Moments moments;
-    for (int64_t b = 0; b < blocks; ++b) moments.add(parts[b * channels + c]);
-    moments.write(params.out, channels, c);
+    for (int64_t b = 0; b < blocks; ++b)
+      moments.add(Moments::read(parts.data() + b * kMomentRows * channels, channels, c));
+    moments.finished().write(params.out, channels, c);
   }
 }
 

@@ -27,12 +27,22 @@ struct LaneMoments {
     sum += value;
     square_sum += value * value;
     zeros -= value == 0;  // true is -1
-    minimum = (value < minimum) | (value != value) ? value : minimum;
-    maximum = (value > maximum) | (value != value) ? value : maximum;
+    minimum = value < minimum ? value : minimum;
+    maximum = value > maximum ? value : maximum;
   }
 
-  CCP_INLINE Moments lane(int i) const {
-    return {sum[i], square_sum[i], static_cast<double>(zeros[i]), minimum[i], maximum[i]};
+  // Column `lane` of `rows`, a matrix [kMomentRows, stride], takes this lane's moments.
+  CCP_INLINE void add_to(double* rows, int64_t stride) const {
+    for (int i = 0; i < kLanes<Acc>; ++i) {
+      rows[i] += sum[i];
+      rows[stride + i] += square_sum[i];
+      rows[2 * stride + i] += zeros[i];
+    }
+    double* least = rows + 3 * stride;
+    double* greatest = rows + 4 * stride;
+    for (int i = 0; i < kLanes<Acc>; ++i) least[i] = minimum[i] < least[i] ? minimum[i] : least[i];
+    for (int i = 0; i < kLanes<Acc>; ++i)
+      greatest[i] = maximum[i] > greatest[i] ? maximum[i] : greatest[i];
   }
 };
 
@@ -42,97 +52,115 @@ CCP_INLINE Moments moments_of(Acc value) {
   return {wide, wide * wide, wide == 0 ? 1.0 : 0.0, wide, wide};
 }
 
-constexpr int64_t kFlush = 64;  // vectors added to a LaneMoments
+constexpr int64_t kFlush = 128;  // values added to a lane in the accumulator's type
 
+// The moments of one channel while its runs are added.
 template <class T>
-CCP_INLINE void add_contiguous(const T* x, int64_t count, Moments* moments) {
+class RunMoments {
   using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>;
-  int64_t i = 0;
-  while (i + kStep <= count) {
-    LaneMoments<Acc> first, second;  // two chains hide the latency of the additions
-    const int64_t end = i + std::min((count - i) / kStep, kFlush) * kStep;
-    for (; i + 2 * kStep <= end; i += 2 * kStep) {
-      first.add(load(x + i));
-      second.add(load(x + i + kStep));
-    }
-    for (; i < end; i += kStep) first.add(load(x + i));
-    for (int lane = 0; lane < kStep; ++lane) {
-      moments->add(first.lane(lane));
-      moments->add(second.lane(lane));
-    }
-  }
-  for (; i < count; ++i) moments->add(moments_of(widen(x[i])));
-}
+  static constexpr int kStep = kLanes<Acc>;
 
-// One item = one block of positions of one channel; any strides. parts[item], items ordered
-// [block, channel].
+ public:
+  CCP_INLINE void add_contiguous(const T* x, int64_t count) {
+    int64_t i = 0;
+    while (i + kStep <= count) {
+      if (pending_ >= kFlush) flush();
+      const int64_t vectors = std::min((count - i) / kStep, kFlush - pending_);
+      const int64_t end = i + vectors * kStep;
+      pending_ += vectors;
+      for (; i + 2 * kStep <= end; i += 2 * kStep) {
+        chains_[0].add(load(x + i));
+        chains_[1].add(load(x + i + kStep));
+      }
+      if (i < end) chains_[0].add(load(x + i));
+      i = end;
+    }
+    for (; i < count; ++i) total_.add(moments_of(widen(x[i])));
+  }
+
+  CCP_INLINE void add_strided(const T* x, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) total_.add(moments_of(widen(x[i * stride])));
+  }
+
+  Moments total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  void flush() {
+    double rows[kMomentRows][kStep];
+    for (int lane = 0; lane < kStep; ++lane) Moments{}.write(rows[0], kStep, lane);
+    for (const LaneMoments<Acc>& chain : chains_) chain.add_to(rows[0], kStep);
+    for (int lane = 0; lane < kStep; ++lane) total_.add(Moments::read(rows[0], kStep, lane));
+    chains_[0] = chains_[1] = LaneMoments<Acc>{};
+    pending_ = 0;
+  }
+
+  LaneMoments<Acc> chains_[2];  // two hide the latency of the additions
+  int64_t pending_ = 0;         // vectors in the chains
+  Moments total_;
+};
+
+// One item = one block of positions of one channel; any strides. Items are ordered
+// [block, channel], parts [block, kMomentRows, channel].
 template <class T>
-void channel_moments_by_row(const ChannelMomentsParams& params, int64_t block_length,
-                            Moments* parts, int64_t begin, int64_t end) {
+void channel_moments_by_row(const ChannelMomentsParams& params, int64_t block_length, double* parts,
+                            int64_t begin, int64_t end) {
   const ChannelDotLayout& layout = params.layout;
+  const int64_t channels = layout.channel.size, stride = layout.innermost().x_stride;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / layout.channel.size * block_length;
+    const int64_t block = item / channels, c = item % channels;
+    const int64_t first = block * block_length;
     const int64_t last = std::min(first + block_length, layout.positions);
-    const T* x =
-        static_cast<const T*>(params.x) + item % layout.channel.size * layout.channel.x_stride;
-    const int64_t stride = layout.innermost().x_stride;
-    Moments moments;
+    const T* x = static_cast<const T*>(params.x) + c * layout.channel.x_stride;
+    RunMoments<T> moments;
     const auto add_run = [&](int64_t offset, int64_t, int64_t count)
                              __attribute__((always_inline)) {
                                if (stride == 1) {
-                                 add_contiguous(x + offset, count, &moments);
+                                 moments.add_contiguous(x + offset, count);
                                } else {
-                                 for (int64_t p = 0; p < count; ++p)
-                                   moments.add(moments_of(widen(x[offset + p * stride])));
+                                 moments.add_strided(x + offset, stride, count);
                                }
                              };
     for_each_run(layout, first, last, add_run);
-    parts[item] = moments;
+    moments.total().write(parts + block * kMomentRows * channels, channels, c);
   }
 }
 
-// Adds `count` positions of the channels of one vector.
-template <class T>
-CCP_INLINE void add_positions(const T* x, int64_t stride, int64_t count, Moments* moments) {
-  using Acc = Accumulator<T>;
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
-    const int64_t end = std::min(begin + kFlush, count);
-    LaneMoments<Acc> lanes;
-    for (int64_t p = begin; p < end; ++p) lanes.add(load(x + p * stride));
-    for (int lane = 0; lane < kLanes<Acc>; ++lane) moments[lane].add(lanes.lane(lane));
-  }
-}
-
-// One item = one block of positions, all channels; unit channel stride. parts are ordered
-// [block, channel].
+// One item = one block of positions, all channels; unit channel stride.
 template <class T>
 void channel_moments_by_position(const ChannelMomentsParams& params, int64_t block_length,
-                                 Moments* parts, int64_t begin, int64_t end) {
-  constexpr int kStep = kLanes<Accumulator<T>>;
+                                 double* parts, int64_t begin, int64_t end) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>;
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, stride = layout.innermost().x_stride;
   const T* x = static_cast<const T*>(params.x);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * block_length;
     const int64_t last = std::min(first + block_length, layout.positions);
-    Moments* moments = parts + item * channels;
-    std::fill(moments, moments + channels, Moments{});
-    const auto add_run = [&](int64_t offset, int64_t, int64_t count)
-                             __attribute__((always_inline)) {
-                               // Few positions at a time, so that the next vector of channels finds
-                               // them in the cache.
-                               for (int64_t p = 0; p < count; p += kFlush) {
-                                 const T* rows = x + offset + p * stride;
-                                 const int64_t height = std::min(kFlush, count - p);
-                                 int64_t c = 0;
-                                 for (; c + kStep <= channels; c += kStep)
-                                   add_positions(rows + c, stride, height, moments + c);
-                                 for (; c < channels; ++c)
-                                   for (int64_t i = 0; i < height; ++i)
-                                     moments[c].add(moments_of(widen(rows[i * stride + c])));
-                               }
-                             };
+    double* rows = parts + item * kMomentRows * channels;
+    for (int64_t c = 0; c < channels; ++c) Moments{}.write(rows, channels, c);
+    const auto add_positions = [&](const T* from, int64_t count) __attribute__((always_inline)) {
+      int64_t c = 0;
+      for (; c + kStep <= channels; c += kStep) {
+        LaneMoments<Acc> lanes;
+        for (int64_t p = 0; p < count; ++p) lanes.add(load(from + p * stride + c));
+        lanes.add_to(rows + c, channels);
+      }
+      for (; c < channels; ++c) {
+        Moments moments;
+        for (int64_t p = 0; p < count; ++p) moments.add(moments_of(widen(from[p * stride + c])));
+        moments.add(Moments::read(rows, channels, c));
+        moments.write(rows, channels, c);
+      }
+    };
+    const auto add_run = [&](int64_t offset, int64_t,
+                             int64_t count) __attribute__((always_inline)) {
+      for (int64_t p = 0; p < count; p += kFlush)
+        add_positions(x + offset + p * stride, std::min(kFlush, count - p));
+    };
     for_each_run(layout, first, last, add_run);
   }
 }
