@@ -114,9 +114,9 @@ def channel_moments(x: Tensor, channel_dim: int = 1) -> ChannelMoments:
 
     Returns:
         ``ChannelMoments``. Sums are made of short sums in float32 (float64 for float64 inputs),
-        added up in float64: their error is some 1e-6 of the sum of the terms' magnitudes at most. A
-        channel that holds NaN has NaN for sum, square_sum, minimum and maximum. Two calls give
-        equal bits, also with another number of CPU threads.
+        added up in float64: their error is at most about 1e-5 (1e-12) of the sum of the terms'
+        magnitudes. A channel that holds NaN has NaN for sum, square_sum, minimum and maximum. Two
+        calls give equal bits, also with another number of CPU threads.
 
     Raises:
         ValueError: x has fewer than two dimensions or another dtype, or ``channel_dim`` is out of

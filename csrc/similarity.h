@@ -14,8 +14,9 @@ enum class SimilarityKind { kSsim, kPsnr, kMse, kCosine, kPearson };
 // SSIM's (K1 L)^2 and (K2 L)^2, with K1 = 0.01 and K2 = 0.03, for maps divided by L.
 constexpr double kLuminanceConstant = 1e-4;
 constexpr double kContrastConstant = 9e-4;
-// The least MSE / L^2 that PSNR tells apart, about what float32 sums resolve: 60 dB.
+// The least MSE / L^2 that PSNR tells apart, about what float32 sums resolve, and its decibels.
 constexpr double kPsnrFloor = 1e-6;
+constexpr double kPsnrCap = 60;
 
 // SSIM and PSNR depend on the maps divided by the data range only, and are computed from those.
 inline double map_scale(SimilarityKind kind, double data_range) {
@@ -83,14 +84,15 @@ CCP_HD Acc ssim_of(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc covarianc
 }
 
 template <class Acc>
-CCP_HD Acc mse_of(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc covariance, Acc least) {
+CCP_HD Acc mse_of(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc covariance) {
   const Acc distance = a.mean - b.mean;
-  return at_least(least, (a.spread + b.spread - 2 * covariance) + distance * distance);
+  return at_least(Acc{0}, (a.spread + b.spread - 2 * covariance) + distance * distance);
 }
 
 template <class Acc>
-CCP_HD Acc decibels(Acc relative_mse) {
+CCP_HD Acc psnr_of(Acc relative_mse) {
   constexpr Acc kDecibelsPerOctave = static_cast<Acc>(3.0102999566398120);
+  if (relative_mse < static_cast<Acc>(kPsnrFloor)) return static_cast<Acc>(kPsnrCap);
   return -kDecibelsPerOctave * log2_of(relative_mse);
 }
 
@@ -99,9 +101,8 @@ template <SimilarityKind kind, class Acc>
 CCP_HD Acc similarity(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc product) {
   const Acc covariance = product - a.offset * b.offset;
   if constexpr (kind == SimilarityKind::kSsim) return ssim_of(a, b, covariance);
-  if constexpr (kind == SimilarityKind::kMse) return mse_of(a, b, covariance, Acc{0});
-  if constexpr (kind == SimilarityKind::kPsnr)
-    return decibels(mse_of(a, b, covariance, static_cast<Acc>(kPsnrFloor)));
+  if constexpr (kind == SimilarityKind::kMse) return mse_of(a, b, covariance);
+  if constexpr (kind == SimilarityKind::kPsnr) return psnr_of(mse_of(a, b, covariance));
   if constexpr (kind == SimilarityKind::kCosine)
     return within_one((covariance + a.mean * b.mean) * a.spread * b.spread);
   if constexpr (kind == SimilarityKind::kPearson)
@@ -113,8 +114,7 @@ template <SimilarityKind kind, class Acc>
 CCP_HD Acc self_similarity(const MapTerms<Acc>& a) {
   const Acc zero_or_nan = 0 * (a.mean + a.spread);
   if constexpr (kind == SimilarityKind::kMse) return zero_or_nan;
-  if constexpr (kind == SimilarityKind::kPsnr)
-    return zero_or_nan + decibels(static_cast<Acc>(kPsnrFloor));
+  if constexpr (kind == SimilarityKind::kPsnr) return zero_or_nan + static_cast<Acc>(kPsnrCap);
   return 1 + zero_or_nan;
 }
 
