@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "csrc/cpu/isa.h"
@@ -75,7 +76,7 @@ void run(const MapSimilarityParams& params) {
   const Plan plan = make_plan<Acc>(params);
   const int64_t sides = params.symmetric ? 1 : 2, panels_per_sample = sides * plan.panels;
   const int64_t area = plan.width * plan.width;
-  std::vector<Acc> packed(plan.batch * panels_per_sample * plan.packed_size);
+  const std::unique_ptr<Acc[]> packed(new Acc[plan.batch * panels_per_sample * plan.packed_size]);
   std::vector<Acc> sums(plan.parts * plan.tiles * area);
   const int64_t pack_grain = std::max<int64_t>(1, kGrainProducts / 8 / plan.packed_size);
   const int64_t products = area * layout.positions * ceil_div(plan.batch, plan.parts);
@@ -86,7 +87,7 @@ void run(const MapSimilarityParams& params) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = i % panels_per_sample;
         pack(params, panel >= plan.panels, first + i / panels_per_sample, panel % plan.panels,
-             packed.data() + i * plan.packed_size);
+             packed.get() + i * plan.packed_size);
       }
     };
     torch::stable::parallel_for(0, batch * panels_per_sample, pack_grain, pack_range);
@@ -96,11 +97,11 @@ void run(const MapSimilarityParams& params) {
         const TileIndex tile = tile_at(params, plan, i % plan.tiles);
         const int64_t before = first % plan.parts;
         for (int64_t n = (part - before + plan.parts) % plan.parts; n < batch; n += plan.parts) {
-          const Acc* sample = packed.data() + n * panels_per_sample * plan.packed_size;
+          const Acc* sample = packed.get() + n * panels_per_sample * plan.packed_size;
           add(sample + tile.row * plan.packed_size,
               sample + ((sides - 1) * plan.panels + tile.column) * plan.packed_size,
-              layout.positions, params.symmetric && tile.row == tile.column,
-              sums.data() + i * area);
+              layout.positions, std::min(plan.width, layout.channel.size - tile.row * plan.width),
+              params.symmetric && tile.row == tile.column, sums.data() + i * area);
         }
       }
     };

@@ -226,16 +226,16 @@ void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, in
 
 constexpr int64_t kProductDepth = 128;  // two panels of this depth fit in the first cache
 
-// sums[r][c] += the similarity of map r of the left panel and map c of the right one; on the
-// diagonal of a symmetric result, of each map with itself.
+// sums[r][c] += the similarity of map r of the left panel, one of its first `rows`, and map c of
+// the right one; on the diagonal of a symmetric result, of each map with itself.
 template <SimilarityKind kind, class Acc>
-void add_similarities(const Acc* left, const Acc* right, int64_t positions, bool diagonal,
-                      Acc* sums) {
+void add_similarities(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
+                      bool diagonal, Acc* sums) {
   constexpr int kSide = kPanel<Acc>;
   alignas(64) Acc products[kSide][kSide] = {};
   for (int64_t begin = 0; begin < positions; begin += kProductDepth) {
     const int64_t depth = std::min(kProductDepth, positions - begin);
-    for (int r = 0; r < kSide; r += kTileRows) {
+    for (int r = 0; r < rows; r += kTileRows) {
       alignas(64) Acc block[kTileRows][kSide];
       multiply_rows(left + begin * kSide + r, right + begin * kSide, depth, block[0]);
       for (int i = 0; i < kTileRows; ++i)
@@ -245,7 +245,7 @@ void add_similarities(const Acc* left, const Acc* right, int64_t positions, bool
   const Acc* left_terms = left + positions * kSide;
   const Acc* right_terms = right + positions * kSide;
   const Acc per_position = 1 / static_cast<Acc>(positions);
-  for (int r = 0; r < kSide; ++r) {
+  for (int r = 0; r < rows; ++r) {
     const MapTerms<Acc> terms = terms_of(left_terms, r);
     alignas(64) Acc row[kSide];
     for (int c = 0; c < kSide; ++c)
