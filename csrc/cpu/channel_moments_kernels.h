@@ -68,11 +68,14 @@ class RunMoments {
       const int64_t vectors = std::min((count - i) / kStep, kFlush - pending_);
       const int64_t end = i + vectors * kStep;
       pending_ += vectors;
+      LaneMoments<Acc> first = chains_[0], second = chains_[1];  // in registers
       for (; i + 2 * kStep <= end; i += 2 * kStep) {
-        chains_[0].add(load(x + i));
-        chains_[1].add(load(x + i + kStep));
+        first.add(load(x + i));
+        second.add(load(x + i + kStep));
       }
-      if (i < end) chains_[0].add(load(x + i));
+      if (i < end) first.add(load(x + i));
+      chains_[0] = first;
+      chains_[1] = second;
       i = end;
     }
     for (; i < count; ++i) total_.add(moments_of(widen(x[i])));
@@ -128,12 +131,24 @@ void channel_moments_by_row(const ChannelMomentsParams& params, int64_t block_le
   }
 }
 
+constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 4 : 1;  // vectors of channels in registers
+
+// Adds `count` positions of `columns` vectors of channels to `rows`, [kMomentRows, channels].
+template <int columns, class T>
+CCP_INLINE void add_columns(const T* x, int64_t stride, int64_t count, double* rows,
+                            int64_t channels) {
+  constexpr int kStep = kLanes<Accumulator<T>>;
+  LaneMoments<Accumulator<T>> lanes[columns];
+  for (int64_t p = 0; p < count; ++p)
+    for (int i = 0; i < columns; ++i) lanes[i].add(load(x + p * stride + i * kStep));
+  for (int i = 0; i < columns; ++i) lanes[i].add_to(rows + i * kStep, channels);
+}
+
 // One item = one block of positions, all channels; unit channel stride.
 template <class T>
 void channel_moments_by_position(const ChannelMomentsParams& params, int64_t block_length,
                                  double* parts, int64_t begin, int64_t end) {
-  using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>;
+  constexpr int kStep = kLanes<Accumulator<T>>;
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, stride = layout.innermost().x_stride;
   const T* x = static_cast<const T*>(params.x);
@@ -144,11 +159,10 @@ void channel_moments_by_position(const ChannelMomentsParams& params, int64_t blo
     for (int64_t c = 0; c < channels; ++c) Moments{}.write(rows, channels, c);
     const auto add_positions = [&](const T* from, int64_t count) __attribute__((always_inline)) {
       int64_t c = 0;
-      for (; c + kStep <= channels; c += kStep) {
-        LaneMoments<Acc> lanes;
-        for (int64_t p = 0; p < count; ++p) lanes.add(load(from + p * stride + c));
-        lanes.add_to(rows + c, channels);
-      }
+      for (; c + kColumns * kStep <= channels; c += kColumns * kStep)
+        add_columns<kColumns>(from + c, stride, count, rows + c, channels);
+      for (; c + kStep <= channels; c += kStep)
+        add_columns<1>(from + c, stride, count, rows + c, channels);
       for (; c < channels; ++c) {
         Moments moments;
         for (int64_t p = 0; p < count; ++p) moments.add(moments_of(widen(from[p * stride + c])));
