@@ -4,6 +4,16 @@
 // ring of stages in shared memory, kMapRowBytes of each map to a stage, without a break between
 // samples; the matrix units sum the products, and after a sample's last stage each thread turns its
 // sums into similarities, which it adds up over the samples in registers.
+//
+// What bounds it, for N samples of C maps of P positions and s bytes, T = ceil(C / kMapTile):
+//   memory: N C P s bytes for the moments, and T times that for the tiles, most of it from the
+//     cache;
+//   matrix units: N T (T + 1) / 2 tiles of 2 kMapTile^2 P operations each (P in whole stages),
+//     three times that for float32;
+//   similarities: as many tiles of kMapTile^2 pairs, each pair some 12 instructions and, for SSIM,
+//     a reciprocal, which counts as 8.
+// A multiprocessor of Hopper issues 128 float32 instructions a cycle and its matrix units perform
+// 4096 operations of 16 bits: by this count, similarities outweigh products below about P = 300.
 #pragma once
 
 #include "csrc/cuda/map_moments.cuh"
