@@ -36,6 +36,46 @@ WEIGHTED_GRAM_SAMPLES = [
         torch.randn(5, device=device, dtype=torch.float64),
     ),
 ]
+MAP_SIMILARITY_SAMPLES = [
+    lambda device: (torch.randn(2, 3, 4, 5, device=device),),
+    lambda device: (
+        torch.randn(2, 3, 4, device=device).bfloat16(),
+        "pearson",
+        torch.randn(2, 3, 4, device=device).bfloat16(),
+    ),
+    lambda device: (torch.randn(2, 3, device=device), "mse"),
+]
+CHANNEL_MOMENTS_SAMPLES = [
+    lambda device: (torch.randn(2, 3, 4, 5, device=device),),
+    lambda device: (torch.randn(2, 4, 3, device=device).bfloat16(), -1),
+    lambda device: (torch.randn(2, 3, device=device, dtype=torch.float64),),
+]
+
+
+@pytest.mark.parametrize("sample", MAP_SIMILARITY_SAMPLES)
+def test_opcheck_of_map_similarity(sample: Callable[[str], tuple], device: str) -> None:
+    torch.library.opcheck(
+        torch.ops.ccp_ext.map_similarity.default, sample(device), {"data_range": 2.0}
+    )
+
+
+@pytest.mark.parametrize("sample", CHANNEL_MOMENTS_SAMPLES)
+def test_opcheck_of_channel_moments(sample: Callable[[str], tuple], device: str) -> None:
+    torch.library.opcheck(torch.ops.ccp_ext.channel_moments.default, sample(device))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_statistics_of_maps_compile_without_graph_breaks(dynamic: bool, device: str) -> None:
+    def step(x: Tensor) -> tuple[Tensor, Tensor, int]:
+        moments = ops.channel_moments(2 * x)
+        similarity = ops.map_similarity(x, "ssim", data_range=3.0)
+        return similarity + 1, moments.zeros + moments.sum, moments.count
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for samples in (3, 4):
+        x = torch.randn(samples, 5, 4, 4, device=device)
+        for actual, expected in zip(compiled(x), step(x), strict=True):
+            assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))
 
 
 @pytest.mark.parametrize("sample", CHANNEL_DOT_SAMPLES)
@@ -95,6 +135,35 @@ BAD_ARGUMENTS: dict[str, Call] = {
     ),
     "channel_dot: g must have the dtype of x, got x float32 and g float16": lambda: ops.channel_dot(
         torch.ones(2, 3), torch.ones(2, 3).half()
+    ),
+    "channel_moments: x must have at least 2 dimensions, [N, C, ...], got [3]": lambda: (
+        ops.channel_moments(torch.ones(3))
+    ),
+    "channel_moments: channel_dim must name a dimension of x [2, 3] other than 0 (the samples), "
+    "got -2": lambda: ops.channel_moments(torch.ones(2, 3), -2),
+    "channel_moments: x must be float32, float64, bfloat16 or float16, got int64": lambda: (
+        ops.channel_moments(torch.ones(2, 3).long())
+    ),
+    "map_similarity: x must have at least 2 dimensions, [N, C, ...], got [3]": lambda: (
+        ops.map_similarity(torch.ones(3))
+    ),
+    "map_similarity: x must be float32, float64, bfloat16 or float16, got uint8": lambda: (
+        ops.map_similarity(torch.ones(2, 3).byte())
+    ),
+    "map_similarity: kind must be ssim, psnr, mse, cosine or pearson, got l1": lambda: (
+        ops.map_similarity(torch.ones(2, 3), "l1")
+    ),
+    "map_similarity: data_range must be positive and finite, got -0.5": lambda: ops.map_similarity(
+        torch.ones(2, 3), data_range=-0.5
+    ),
+    "map_similarity: data_range must be positive and finite, got nan": lambda: ops.map_similarity(
+        torch.ones(2, 3), data_range=float("nan")
+    ),
+    "map_similarity: y must have the shape of x, got x [2, 3] and y [2, 4]": lambda: (
+        ops.map_similarity(torch.ones(2, 3), "ssim", torch.ones(2, 4))
+    ),
+    "map_similarity: y must have the dtype of x, got x float32 and y float16": lambda: (
+        ops.map_similarity(torch.ones(2, 3), "ssim", torch.ones(2, 3).half())
     ),
     "weighted_gram_: S must be a square matrix [C, C], got [3, 4]": lambda: ops.weighted_gram_(
         torch.ones(3, 4), torch.ones(5, 3)
