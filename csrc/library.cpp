@@ -18,6 +18,7 @@
 STABLE_TORCH_LIBRARY(ccp_ext, m) {
   m.def("channel_dot(Tensor x, Tensor g, int channel_dim=1) -> Tensor");
   m.def("weighted_gram_(Tensor(a!) S, Tensor a, Tensor? sigma=None) -> ()");
+  m.def("weighted_grams_(Tensor(a!)[] S, Tensor[] a, Tensor[]? sigma=None) -> ()");
 }
 
 namespace {

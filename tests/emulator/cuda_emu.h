@@ -7,8 +7,8 @@
 // ThreadSanitizer every fiber is a thread of its own, synchronised with others only by barriers and
 // shuffles: a missing barrier is reported as the data race that it is.
 //
-// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory. Not emulated:
-// timing, atomics, asynchronous copies, the memory model between blocks.
+// Emulated: __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, static __shared__ memory. Not
+// emulated: timing, atomics, asynchronous copies, the memory model between blocks.
 #pragma once
 
 #include <ucontext.h>
@@ -25,6 +25,7 @@
 #include <vector>
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -259,6 +260,12 @@ EMU_UNCHECKED T shuffle(T value, unsigned source) {
 
 inline void __syncthreads() { emu::sync_block(); }
 inline void __syncwarp() { emu::sync_warp(); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, unsigned source) {
+  if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
+  return emu::shuffle(value, source % emu::kWarp);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
