@@ -304,7 +304,7 @@ inline void __syncwarp() { emu::sync_warp(); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned source) {
   if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
-  return emu::shuffle(value, source % emu::kWarp);
+  return emu::gather(value)[source % emu::kWarp];
 }
 
 template <class T>
