@@ -8,6 +8,7 @@ of shapes and dtypes, with the same messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ccp_ext import _C  # noqa: F401  (its import registers the operators)
 _channel_dot = torch.ops.ccp_ext.channel_dot.default
 _weighted_gram = torch.ops.ccp_ext.weighted_gram_.default
 _weighted_grams = torch.ops.ccp_ext.weighted_grams_.default
+_patch_gram = torch.ops.ccp_ext.patch_gram_.default
+_patch_cross = torch.ops.ccp_ext.patch_cross_.default
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRAM_DTYPES = (torch.float32, torch.float64)
@@ -116,6 +119,98 @@ def weighted_grams_(
     except RuntimeError as error:
         raise _bad_argument(error, "weighted_grams_") from None
     return matrices
+
+
+def patch_gram_(
+    A: Tensor,
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """Add the Gram matrix of a convolution's input patches to ``A`` in place.
+
+    ``A += sum over samples n and output positions p of P[n, p] P[n, p]^T``, where ``P[n, p]`` holds
+    the ``C * kh * kw`` inputs that the convolution's window meets at p, in the order of
+    ``torch.nn.functional.unfold``: channel, kernel row, kernel column; zeros in the padding. The
+    normal equations' matrix of a least-squares refit of the convolution's weights. The matrix P
+    itself, ``kh * kw`` times the size of ``x``, is never stored.
+
+    Args:
+        A: ``[C*kh*kw, C*kh*kw]``, with several groups ``[groups, C/groups*kh*kw, C/groups*kh*kw]``;
+            float32 or float64, the last dimension contiguous. Sums are accumulated in its dtype.
+        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16, not wider than ``A``; any
+            strides. Must not share memory with ``A``.
+        kernel_size: One integer or (vertical, horizontal); also below, as in ``torch.nn.Conv2d``.
+        stride: At least 1.
+        padding: Zeros on each side; at least 0.
+        dilation: At least 1.
+        groups: Of the convolution; divides C.
+        allow_tf32: Whether float32 inputs may be rounded to TF32 (11 significant bits) on CUDA.
+
+    Returns:
+        ``A``. A matrix symmetric to the bit stays so. Two calls give equal bits, also with another
+        number of CPU threads.
+
+    Raises:
+        ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``A``.
+    """
+    window = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+    try:
+        _patch_gram(A, x, *window, allow_tf32)
+    except RuntimeError as error:
+        raise _bad_argument(error, "patch_gram_") from None
+    return A
+
+
+def patch_cross_(
+    B: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """Add the products of a convolution's input patches and its output maps to ``B`` in place.
+
+    ``B += sum over samples n and output positions p of P[n, p] y[n, :, p]^T`` with the patches P of
+    :func:`patch_gram_`: the right-hand sides of a least-squares refit. The weights W that best map
+    the patches to targets y solve ``A W = B``; the column k of W, reshaped to ``[C, kh, kw]``, is
+    the k-th filter. For an intercept, ``y = torch.ones(1, device=...).expand(N, groups, Ho, Wo)``
+    gives the patches' sums, which A lacks.
+
+    Args:
+        B: ``[C*kh*kw, K]``, with several groups ``[groups, C/groups*kh*kw, K/groups]``; float32 or
+            float64, the last dimension contiguous. Sums are accumulated in its dtype.
+        x: ``[N, C, H, W]`` as in :func:`patch_gram_`.
+        y: ``[N, K, Ho, Wo]``, the shape of the convolution's output; the dtype of ``x``, any
+            strides. K is a multiple of ``groups``. Must not share memory with ``B``.
+        kernel_size, stride, padding, dilation, groups, allow_tf32: As in :func:`patch_gram_`.
+
+    Returns:
+        ``B``.
+
+    Raises:
+        ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``B``.
+    """
+    window = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+    try:
+        _patch_cross(B, x, y, *window, allow_tf32)
+    except RuntimeError as error:
+        raise _bad_argument(error, "patch_cross_") from None
+    return B
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 def _bad_argument(error: RuntimeError, op: str) -> Exception:
@@ -225,4 +320,114 @@ def _check_gram_sigma(name: str, a: Tensor, sigma: Tensor) -> None:
     _check(
         sigma.dtype in _GRAM_DTYPES,
         f"{name}sigma must be float32 or float64, got {_dtype_name(sigma.dtype)}",
+    )
+
+
+@torch.library.register_fake("ccp_ext::patch_gram_")
+def _(
+    A: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    allow_tf32: bool = False,
+) -> None:
+    window = _Window(kernel_size, stride, padding, dilation, groups)
+    window.check("patch_gram_", x)
+    columns = window.columns(x)
+    _check_patch_output("patch_gram_", "A", A, x, groups, columns, columns)
+
+
+@torch.library.register_fake("ccp_ext::patch_cross_")
+def _(
+    B: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    allow_tf32: bool = False,
+) -> None:
+    window = _Window(kernel_size, stride, padding, dilation, groups)
+    window.check("patch_cross_", x)
+    positions = window.positions(x)
+    _check(
+        y.dim() == 4
+        and y.shape[0] == x.shape[0]
+        and list(y.shape[2:]) == positions
+        and y.shape[1] % groups == 0,
+        f"patch_cross_: y must be [N, K, Ho, Wo] with N = {x.shape[0]}, output positions "
+        f"{positions} and K a multiple of groups, got {list(y.shape)}",
+    )
+    _check(
+        x.dtype == y.dtype,
+        f"patch_cross_: y must have the dtype of x, got x {_dtype_name(x.dtype)} and y "
+        f"{_dtype_name(y.dtype)}",
+    )
+    _check_patch_output("patch_cross_", "B", B, x, groups, window.columns(x), y.shape[1] // groups)
+
+
+class _Window(NamedTuple):
+    """A convolution's window: two values each, the vertical one first."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def columns(self, x: Tensor) -> int:
+        return x.shape[1] // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    def positions(self, x: Tensor) -> list[int]:
+        sizes = []
+        for dim in range(2):
+            extent = self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
+            room = x.shape[2 + dim] + 2 * self.padding[dim] - extent
+            sizes.append(max(0, room // self.stride[dim] + 1))
+        return sizes
+
+    def check(self, op: str, x: Tensor) -> None:
+        _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got {list(x.shape)}")
+        _check(
+            x.dtype in _FLOATING,
+            f"{op}: x must be float32, float64, bfloat16 or float16, got {_dtype_name(x.dtype)}",
+        )
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            values = list(getattr(self, name))
+            _check(
+                len(values) == 2 and min(values) >= least,
+                f"{op}: {name} must be two integers of at least {least}, got {values}",
+            )
+        _check(
+            self.groups >= 1 and x.shape[1] % self.groups == 0,
+            f"{op}: groups must divide the channels of x {list(x.shape)}, got {self.groups}",
+        )
+        _check(
+            min(self.positions(x)) > 0,
+            f"{op}: the kernel must fit into the padded input, got x {list(x.shape)}, kernel_size "
+            f"{list(self.kernel_size)}, padding {list(self.padding)} and dilation "
+            f"{list(self.dilation)}",
+        )
+
+
+def _check_patch_output(
+    op: str, name: str, out: Tensor, x: Tensor, groups: int, rows: int, columns: int
+) -> None:
+    expected = [groups, rows, columns] if groups > 1 else [rows, columns]
+    _check(
+        list(out.shape) == expected,
+        f"{op}: {name} must be {expected} for x {list(x.shape)}, got {list(out.shape)}",
+    )
+    _check(
+        out.dtype in _GRAM_DTYPES,
+        f"{op}: {name} must be float32 or float64, got {_dtype_name(out.dtype)}",
+    )
+    _check(
+        out.dtype == torch.float64 or x.dtype != torch.float64,
+        f"{op}: x must not be wider than {name}, got x float64 and {name} float32",
     )

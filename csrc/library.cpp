@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(ccp_ext, m) {
   m.def("channel_dot(Tensor x, Tensor g, int channel_dim=1) -> Tensor");
   m.def("weighted_gram_(Tensor(a!) S, Tensor a, Tensor? sigma=None) -> ()");
   m.def("weighted_grams_(Tensor(a!)[] S, Tensor[] a, Tensor[]? sigma=None) -> ()");
+  m.def(
+      "patch_gram_(Tensor(a!) A, Tensor x, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups=1, bool allow_tf32=False) -> ()");
+  m.def(
+      "patch_cross_(Tensor(a!) B, Tensor x, Tensor y, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups=1, bool allow_tf32=False) -> ()");
 }
 
 namespace {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/check.h"
+#include "csrc/memory.h"
 #include "csrc/params.h"
 
 namespace ccp {
@@ -42,20 +43,6 @@ struct GramLayerName {
 inline std::ostream& operator<<(std::ostream& out, const GramLayerName& name) {
   out << name.call.op << ": ";
   return name.call.grouped ? out << "layer " << name.layer << ": " : out;
-}
-
-struct ByteRange {
-  const char* begin;
-  const char* end;
-};
-
-// From the first byte of a tensor to the one after its last; strides are not negative.
-inline ByteRange byte_range(const Tensor& tensor) {
-  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.numel() == 0) return {begin, begin};
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
 inline void check_gram_sigma(const GramLayerName& name, const Tensor& S, const Tensor& a,

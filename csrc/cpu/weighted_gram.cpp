@@ -105,8 +105,9 @@ void run(const std::vector<WeightedGramParams>& layers) {
       const TileIndex tile = upper_tile(index);
       const Acc* right = plain.data() + layer.first_panel * panel_size;
       const Acc* left = layer.weights.empty() ? right : scaled.data() + (right - plain.data());
-      add(*layer.params, left + tile.row * panel_size, right + tile.column * panel_size,
-          layer.depth, tile);
+      const WeightedGramParams& params = *layer.params;
+      add(static_cast<Acc*>(params.S), params.S_stride, params.channels, params.channels, true,
+          left + tile.row * panel_size, right + tile.column * panel_size, layer.depth, tile);
     };
     torch::stable::parallel_for(0, block.tiles, tile_grain, [&](int64_t first, int64_t last) {
       for_each_item(block, &LayerBlock::first_tile, first, last, add_one);
