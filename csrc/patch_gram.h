@@ -53,6 +53,9 @@ inline void check_patch_input(const char* op, const Tensor& x, const Window& win
             ": the kernel must fit into the padded input, got x ", Shape(x), ", kernel_size ",
             Listed{window.kernel_size}, ", padding ", Listed{window.padding}, " and dilation ",
             Listed{window.dilation});
+  CCP_CHECK((x.size(2) + 2 * window.padding[0]) * (x.size(3) + 2 * window.padding[1]) <= 1 << 30,
+            op, ": the padded maps must have at most 2^30 positions, got x ", Shape(x),
+            " and padding ", Listed{window.padding});
 }
 
 // `out` must be [rows, columns], or with a leading dimension of `groups` where there are several.
