@@ -413,6 +413,12 @@ class _Window(NamedTuple):
             f"{list(self.kernel_size)}, padding {list(self.padding)} and dilation "
             f"{list(self.dilation)}",
         )
+        padded = [x.shape[2 + dim] + 2 * self.padding[dim] for dim in range(2)]
+        _check(
+            padded[0] * padded[1] <= 2**30,
+            f"{op}: the padded maps must have at most 2^30 positions, got x {list(x.shape)} and "
+            f"padding {list(self.padding)}",
+        )
 
 
 def _check_patch_output(

@@ -21,6 +21,7 @@ ROOT = EMULATOR.parent.parent
 DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
+    "patch_gram": ["plain", "address", "thread"],
     "mma": ["plain", "address", "thread"],
     "cpu_kernels": ["address"],
     "launch": ["address"],
@@ -95,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
-@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram", "mma"])
+@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram", "patch_gram", "mma"])
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
     schedules = "4" if sanitizer == "plain" else "1"
     finished = run(driver, sanitizer, schedules)
@@ -116,7 +117,12 @@ def test_launch_arithmetic(run: Run) -> None:
 
 @pytest.mark.parametrize("barrier", ["1", "2"])
 @pytest.mark.parametrize(
-    ("driver", "file"), [("channel_dot", "reduce.cuh"), ("weighted_gram", "weighted_gram.cuh")]
+    ("driver", "file"),
+    [
+        ("channel_dot", "reduce.cuh"),
+        ("weighted_gram", "weighted_gram.cuh"),
+        ("patch_gram", "patch_gram.cuh"),
+    ],
 )
 def test_a_missing_barrier_is_reported_as_a_race(
     run: Run, driver: str, file: str, barrier: str
