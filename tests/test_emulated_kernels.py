@@ -24,6 +24,7 @@ DRIVERS = {
     "patch_gram": ["plain", "address", "thread"],
     "mma": ["plain", "address", "thread"],
     "cpu_kernels": ["address"],
+    "cpu_patches": ["address"],
     "launch": ["address"],
 }
 SANITIZERS = {
@@ -104,8 +105,11 @@ def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) 
     assert finished.stdout.endswith("0 failures\n")
 
 
-def test_cpu_kernels_match_double_references_in_every_instruction_set(run: Run) -> None:
-    finished = run("cpu_kernels", "address")
+@pytest.mark.parametrize("driver", ["cpu_kernels", "cpu_patches"])
+def test_cpu_kernels_match_double_references_in_every_instruction_set(
+    run: Run, driver: str
+) -> None:
+    finished = run(driver, "address")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.startswith("baseline\n")
 
