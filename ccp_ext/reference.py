@@ -102,3 +102,58 @@ def map_similarity(
     if y is None:
         similarity.diagonal(dim1=1, dim2=2).fill_({"psnr": 60.0, "mse": 0.0}.get(kind, 1.0))
     return similarity.mean(0)
+
+
+def patches(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The inputs that a convolution's window meets, one row per sample and output position.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        kernel_size, stride, padding, dilation: As in ``torch.nn.functional.unfold``.
+        groups: Of the convolution; divides C.
+
+    Returns:
+        ``[groups, N*Ho*Wo, C/groups*kh*kw]``, float64.
+    """
+    unfolded = torch.nn.functional.unfold(x.double(), kernel_size, dilation, padding, stride)
+    columns = unfolded.shape[1] // groups
+    return unfolded.unflatten(1, (groups, columns)).permute(1, 0, 3, 2).reshape(groups, -1, columns)
+
+
+def patch_gram(x: Tensor, kernel_size: int | tuple[int, int], **window: int | tuple) -> Tensor:
+    """``sum over samples n and output positions p of P[n, p] P[n, p]^T`` per group, as float64.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        kernel_size: And ``window``: the options of :func:`patches`, which gives P.
+
+    Returns:
+        ``[groups, C/groups*kh*kw, C/groups*kh*kw]``, float64.
+    """
+    rows = patches(x, kernel_size, **window)
+    return rows.mT @ rows
+
+
+def patch_cross(
+    x: Tensor, y: Tensor, kernel_size: int | tuple[int, int], **window: int | tuple
+) -> Tensor:
+    """``sum over samples n and output positions p of P[n, p] y[n, :, p]^T`` per group, as float64.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        y: ``[N, K, Ho, Wo]``; group g has its channels from ``g * K/groups`` on.
+        kernel_size: And ``window``: the options of :func:`patches`, which gives P.
+
+    Returns:
+        ``[groups, C/groups*kh*kw, K/groups]``, float64.
+    """
+    rows = patches(x, kernel_size, **window)
+    targets = patches(y, 1, groups=rows.shape[0])
+    return rows.mT @ targets

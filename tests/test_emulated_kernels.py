@@ -21,10 +21,12 @@ ROOT = EMULATOR.parent.parent
 DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
+    "patch_gram": ["plain", "address", "thread"],
     "mma": ["plain", "address", "thread"],
     "map_similarity": ["plain", "address", "thread"],
     "channel_moments": ["plain", "address", "thread"],
     "cpu_kernels": ["address"],
+    "cpu_patches": ["address"],
     "cpu_map_similarity": ["address"],
     "cpu_channel_moments": ["address"],
     "launch": ["address"],
@@ -100,7 +102,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
 @pytest.mark.parametrize(
-    "driver", ["channel_dot", "weighted_gram", "mma", "map_similarity", "channel_moments"]
+    "driver",
+    ["channel_dot", "weighted_gram", "patch_gram", "mma", "map_similarity", "channel_moments"],
 )
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
     schedules = "4" if sanitizer == "plain" else "1"
@@ -109,7 +112,9 @@ def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) 
     assert finished.stdout.endswith("0 failures\n")
 
 
-@pytest.mark.parametrize("driver", ["cpu_kernels", "cpu_map_similarity", "cpu_channel_moments"])
+@pytest.mark.parametrize(
+    "driver", ["cpu_kernels", "cpu_patches", "cpu_map_similarity", "cpu_channel_moments"]
+)
 def test_cpu_kernels_match_double_references_in_every_instruction_set(
     run: Run, driver: str
 ) -> None:
@@ -131,6 +136,7 @@ def test_launch_arithmetic(run: Run) -> None:
         ("weighted_gram", "weighted_gram.cuh"),
         ("map_similarity", "map_similarity.cuh"),
         ("channel_moments", "moments.h"),
+        ("patch_gram", "patch_gram.cuh"),
     ],
 )
 def test_a_missing_barrier_is_reported_as_a_race(

@@ -1,9 +1,5 @@
 // The CPU kernels of weighted_gram_. Included once per instruction set, hence no include guard.
-//
-// The rows of a are taken in blocks. A block is packed into panels of kPanel channels, laid out
-// [depth][kPanel]; a tile of S is the product of two panels, held in registers kTileRows rows at a
-// time.
-#include "csrc/cpu/tile_product.h"
+#include "csrc/cpu/panels.h"
 
 namespace ccp::cpu::CCP_ISA {
 
@@ -26,25 +22,6 @@ void pack_panel(const WeightedGramParams& params, const double* weights, int64_t
     Acc* scaled = weighted + d * kPanel<Acc>;
     for (int c = 0; c < kPanel<Acc>; ++c) scaled[c] = static_cast<Acc>(weights[d] * to[c]);
   }
-}
-
-// Adds the product of two panels to the upper triangle of S and, mirrored, to the lower one.
-template <class Acc>
-void add_tile(const WeightedGramParams& params, const Acc* left, const Acc* right, int64_t depth,
-              TileIndex index) {
-  constexpr int kSide = kPanel<Acc>;
-  alignas(64) Acc tile[kSide][kSide];
-  for (int r = 0; r < kSide; r += kTileRows) multiply_rows(left + r, right, depth, tile[r]);
-  Acc* S = static_cast<Acc*>(params.S);
-  const int64_t i0 = index.row * kSide, j0 = index.column * kSide, stride = params.S_stride;
-  const int64_t rows = std::min<int64_t>(kSide, params.channels - i0);
-  const int64_t columns = std::min<int64_t>(kSide, params.channels - j0);
-  const bool diagonal = index.row == index.column;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = diagonal ? i : 0; j < columns; ++j)
-      S[(i0 + i) * stride + j0 + j] += tile[i][j];
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < (diagonal ? j : rows); ++i) S[(j0 + j) * stride + i0 + i] += tile[i][j];
 }
 
 }  // namespace ccp::cpu::CCP_ISA
