@@ -1,0 +1,93 @@
+"""The rivals in Triton, as a good user of it would write them; None where Triton is missing.
+
+They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _dot_of_rows(x, g, out, positions, BLOCK: tl.constexpr):
+        """One program for each row: x and g [rows, positions] to out [rows]."""
+        row = tl.program_id(0).to(tl.int64) * positions
+        total = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, positions, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            inside = at < positions
+            left = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+            right = tl.load(g + row + at, mask=inside, other=0.0).to(tl.float32)
+            total += left * right
+        tl.store(out + tl.program_id(0), tl.sum(total))
+
+    @triton.jit
+    def _dot_of_columns(x, g, out, positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """One program for a sample's block of channels: [N, positions, C] to out [N, C]."""
+        sample = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for begin in range(0, positions, ROWS):
+            row = begin + tl.arange(0, ROWS)
+            inside = (row < positions)[:, None] & (column < channels)[None, :]
+            at = (sample * positions + row)[:, None] * channels + column[None, :]
+            left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            right = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+            total += left * right
+        tl.store(out + sample * channels + column, tl.sum(total, 0), mask=column < channels)
+
+    @triton.jit
+    def _gram(S, a, sigma, samples, channels, TILE: tl.constexpr, DEPTH: tl.constexpr):
+        """One program for each tile of S [C, C] += a' diag(sigma) a, a [N, C]; no TF32."""
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for begin in range(0, samples, DEPTH):
+            sample = begin + tl.arange(0, DEPTH)
+            some = sample < samples
+            left = tl.load(
+                a + sample[None, :] * channels + row[:, None],
+                mask=some[None, :] & (row < channels)[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            right = tl.load(
+                a + sample[:, None] * channels + column[None, :],
+                mask=some[:, None] & (column < channels)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            weight = tl.load(sigma + sample, mask=some, other=0.0)
+            total += tl.dot(left * weight[None, :], right, input_precision="ieee")
+        at = S + row[:, None] * channels + column[None, :]
+        inside = (row < channels)[:, None] & (column < channels)[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+
+def channel_dot(x: Tensor, g: Tensor) -> Tensor:
+    """``(x * g).sum((2, 3))`` of NCHW or channels-last tensors [N, C, H, W], as float32."""
+    n, c, h, w = x.shape
+    out = torch.empty(n, c, device=x.device)
+    if x.is_contiguous():
+        block = min(1024, triton.next_power_of_2(h * w))
+        _dot_of_rows[(n * c,)](x, g, out, h * w, BLOCK=block, num_warps=max(1, block // 256))
+    else:
+        columns = min(64, triton.next_power_of_2(c))
+        grid = (n, triton.cdiv(c, columns))
+        _dot_of_columns[grid](x, g, out, h * w, c, ROWS=32, COLUMNS=columns)
+    return out
+
+
+def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    """``S += a' diag(sigma) a`` for S [C, C] float32, a [N, C], sigma [N]."""
+    n, c = a.shape
+    tile = 32 if c <= 512 else 64
+    grid = (triton.cdiv(c, tile), triton.cdiv(c, tile))
+    _gram[grid](S, a, sigma, n, c, TILE=tile, DEPTH=32)
+    return S
