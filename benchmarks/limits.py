@@ -33,7 +33,7 @@ class Limits:
     rates: dict[str, float]
 
     def floor(self, work: Work) -> tuple[float, str]:
-        """The seconds that the work needs at least, and of "memory" or "arithmetic" what decides."""
+        """The least seconds for the work, and which of "memory" and "arithmetic" sets them."""
         memory = work.bytes / (self.read if work.streams == 1 else self.read_two)
         arithmetic = work.operations / self.rates[work.rate]
         return max((memory, "memory"), (arithmetic, "arithmetic"))
