@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.resnet50 import ResNet50
-from ccp_ext import models
+from ccp_ext import models, trace
 
 
 class Window(NamedTuple):
@@ -50,6 +50,14 @@ def feature_maps(name: str) -> list[tuple[int, int, int]]:
 def convolution_inputs(name: str) -> list[tuple[tuple[int, int, int], Window]]:
     """The distinct pairs of a convolution's input shape [C, H, W] and its window."""
     return list(dict.fromkeys((shape, window) for shape, window, _ in _convolutions(name)))
+
+
+@cache
+def group_widths(name: str) -> tuple[int, ...]:
+    """The channels of every inner group, in the order of the pass."""
+    network = NETWORKS[name]
+    image = torch.randn(1, 3, network.image_size, network.image_size)
+    return tuple(g.channels for g in trace(network.create().eval(), image).inner.groups)
 
 
 @cache

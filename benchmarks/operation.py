@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from benchmarks.networks import Window
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16)
 
-Candidate = Callable[..., Tensor]
+Candidate = Callable[..., Tensor | Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Operation(ABC):
 
     name: str
     layouts: tuple[str, ...] = tuple(LAYOUTS)
+    of_maps = True  # of feature maps [N, C, H, W]; else of one row a sample, [N, C]
     # Whether the inputs come from memory in use; else from the cache, just written.
     cold = True
 
@@ -103,8 +104,11 @@ class Operation(ABC):
         """ "ours", "eager" and the other rivals by name; an in-place one returns its result."""
 
     @abstractmethod
-    def reference(self, *inputs) -> tuple[Tensor, Tensor]:
-        """The result in float64, and the sum of |terms| that scales the error bound."""
+    def reference(self, *inputs) -> tuple:
+        """The result in float64, and the sum of |terms| that scales the error bound.
+
+        Each a tensor or a sequence of tensors, like the candidates' results.
+        """
 
     @abstractmethod
     def work(self, case: Case) -> Work: ...

@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from benchmarks import statistics_methods as methods
 from benchmarks.common import RESULTS, interleaved, ratio, seconds_of, version_of, write_results
 from benchmarks.networks import NETWORKS
 from benchmarks.statistics_methods import BASELINE, METHODS, PAPER, SAME_AS_PAPER, Pass, Setting
-from ccp_ext import collect, ops, trace
+from ccp_ext import ChannelGraph, collect, ops, trace
 from ccp_ext.report import table
 
 CPU_BATCH = {"resnet56": 32, "resnet50": 4}
@@ -120,7 +121,14 @@ def _setting(
     x = torch.randn(count, 3, options.image_size, options.image_size)
     x = x.to(options.device, dtype, memory_format=layout)
     y = torch.randint(network.classes, (count,), device=options.device)
-    return Setting(model, trace(model, x[:1]).inner, x, y, options.autocast)
+    graph = _inner_graph(options.network, options.image_size)
+    return Setting(model, graph, x, y, options.autocast)
+
+
+@cache
+def _inner_graph(network: str, image_size: int) -> ChannelGraph:
+    """The same for all models of a network: it knows names and shapes only."""
+    return trace(NETWORKS[network].create().eval(), torch.randn(1, 3, image_size, image_size)).inner
 
 
 def _check(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:

@@ -23,9 +23,12 @@ from benchmarks.limits import float32_precision
 from benchmarks.networks import NETWORKS
 from benchmarks.operation import Case, Operation
 from benchmarks.weighted_gram import WeightedGram
+from benchmarks.weighted_grams import WeightedGrams
 from ccp_ext.report import table
 
-OPERATIONS: dict[str, Operation] = {op.name: op for op in (ChannelDot(), WeightedGram())}
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for operation in (ChannelDot(), WeightedGram())
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

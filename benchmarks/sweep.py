@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean, median
 
@@ -61,7 +61,7 @@ def measure(operation: Operation, case: Case, limits: Limits, effort: Effort, co
     errors = {}
     for name in list(functions):
         try:
-            errors[name] = _validate(operation, case, name, functions[name])
+            errors[name] = validate(operation, case, name, functions[name])
         except (RuntimeError, NotImplementedError) as error:  # a rival may lack memory or a type
             if name == "ours":
                 raise
@@ -153,13 +153,13 @@ def _candidates(
     return functions, notes
 
 
-def _validate(operation: Operation, case: Case, name: str, function: Candidate) -> float:
+def validate(operation: Operation, case: Case, name: str, function: Candidate) -> float:
     """The largest error over the sum of |terms|."""
     inputs = operation.inputs(case)
-    expected, magnitude = operation.reference(*inputs)
-    result = function(*inputs)
+    expected, magnitude = map(_flat, operation.reference(*inputs))
+    result = _flat(function(*inputs))
     bound = operation.tolerance(case, name)
-    error = (result.double() - expected).abs()
+    error = (result - expected).abs()
     if not (error <= bound * magnitude).all():  # False for NaN
         worst = (error / magnitude).nan_to_num(math.inf).max().item()
         raise AssertionError(
@@ -167,6 +167,12 @@ def _validate(operation: Operation, case: Case, name: str, function: Candidate) 
             f"error {worst:.1e} of the sum of |terms|, allowed {bound:.1e}"
         )
     return (error / magnitude.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+
+
+def _flat(result: Tensor | Sequence[Tensor]) -> Tensor:
+    """All numbers of a result in one row, as float64."""
+    parts = [result] if isinstance(result, Tensor) else result
+    return torch.cat([part.double().flatten() for part in parts])
 
 
 def _times(

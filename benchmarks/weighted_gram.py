@@ -17,6 +17,7 @@ class WeightedGram(Operation):
 
     name = "weighted_gram_"
     layouts = ("NCHW",)
+    of_maps = False
     cold = False
 
     def sizes(self, network: str, batch: int) -> Iterator[dict]:
