@@ -85,8 +85,8 @@ ops() {
 model() {
   local failed=0 statistics=("$PYTHON" -m benchmarks.statistics_cost --device "$DEVICE" --output "$OUT")
   if [ -n "$DRY" ]; then
-    limited 120 "${statistics[@]}" --network resnet50 --image-size 32 --batch-size 2 --rounds 3 \
-      --seconds 1 || failed=1
+    limited 200 "${statistics[@]}" --network resnet50 --image-size 32 --batch-size 2 --rounds 3 \
+      --seconds 1 --methods vmap "ours: logits, without u" || failed=1
     limited 60 "$PYTHON" -m benchmarks.scaling --quick --device cpu --output "$OUT" || failed=1
     return $failed
   fi

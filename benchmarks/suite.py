@@ -20,6 +20,7 @@ from benchmarks import plot, sweep
 from benchmarks.channel_dot import ChannelDot
 from benchmarks.common import RESULTS, write_results
 from benchmarks.limits import float32_precision
+from benchmarks.map_similarity import MapSimilarity
 from benchmarks.networks import NETWORKS
 from benchmarks.operation import Case, Operation
 from benchmarks.weighted_gram import WeightedGram
@@ -27,7 +28,8 @@ from benchmarks.weighted_grams import WeightedGrams
 from ccp_ext.report import table
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (ChannelDot(), WeightedGram())
+    operation.name: operation
+    for operation in (ChannelDot(), WeightedGram(), WeightedGrams(), MapSimilarity())
 }
 
 

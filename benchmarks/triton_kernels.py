@@ -69,6 +69,48 @@ if triton is not None:
         inside = (row < channels)[:, None] & (column < channels)[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
+    @triton.jit
+    def _ssim(
+        x, mean, variance, out, samples, channels, positions,
+        of_sample, of_channel, of_position, samples_a_part,
+        C1: tl.constexpr, C2: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a tile of the sum [C, C] over a part of the samples; no TF32."""
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        part = tl.program_id(2)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        last = tl.minimum(samples, (part + 1) * samples_a_part)
+        for sample in range(part * samples_a_part, last):
+            maps = x + sample.to(tl.int64) * of_sample
+            product = tl.zeros((TILE, TILE), tl.float32)
+            for begin in range(0, positions, DEPTH):
+                at = begin + tl.arange(0, DEPTH)
+                left = tl.load(
+                    maps + row[:, None] * of_channel + at[None, :] * of_position,
+                    mask=(row < channels)[:, None] & (at < positions)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    maps + column[None, :] * of_channel + at[:, None] * of_position,
+                    mask=(column < channels)[None, :] & (at < positions)[:, None],
+                    other=0.0,
+                )
+                product += tl.dot(left, right, input_precision="ieee")
+            some = sample * channels
+            mean_i = tl.load(mean + some + row, mask=row < channels, other=0.0)[:, None]
+            mean_j = tl.load(mean + some + column, mask=column < channels, other=0.0)[None, :]
+            variance_i = tl.load(variance + some + row, mask=row < channels, other=0.0)[:, None]
+            variance_j = tl.load(variance + some + column, mask=column < channels, other=0.0)
+            covariance = product / positions - mean_i * mean_j
+            luminance = (2 * mean_i * mean_j + C1) / (mean_i * mean_i + mean_j * mean_j + C1)
+            total += luminance * (2 * covariance + C2) / (variance_i + variance_j[None, :] + C2)
+        at = (part.to(tl.int64) * channels + row[:, None]) * channels + column[None, :]
+        tl.store(out + at, total, mask=(row < channels)[:, None] & (column < channels)[None, :])
+
+
+PROGRAMS = 512  # enough to fill a GPU several times
+
 
 def channel_dot(x: Tensor, g: Tensor) -> Tensor:
     """``(x * g).sum((2, 3))`` of NCHW or channels-last tensors [N, C, H, W], as float32."""
@@ -91,3 +133,22 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
     grid = (triton.cdiv(c, tile), triton.cdiv(c, tile))
     _gram[grid](S, a, sigma, n, c, TILE=tile, DEPTH=32)
     return S
+
+
+def map_similarity(x: Tensor) -> Tensor:
+    """The mean over the samples of the SSIM between maps, [N, C, H, W] to [C, C]."""
+    n, c, h, w = x.shape
+    mean = x.mean((2, 3), dtype=torch.float32)
+    variance = x.float().square().mean((2, 3)) - mean.square()
+    tile = min(64, max(16, triton.next_power_of_2(c)))
+    tiles = triton.cdiv(c, tile)
+    parts = max(1, min(n, PROGRAMS // tiles**2))
+    samples_a_part = triton.cdiv(n, parts)
+    parts = triton.cdiv(n, samples_a_part)
+    out = torch.empty(parts, c, c, device=x.device)
+    of_sample, of_channel, _, of_position = x.stride()
+    _ssim[(tiles, tiles, parts)](
+        x, mean, variance, out, n, c, h * w, of_sample, of_channel, of_position,
+        samples_a_part, C1=0.01**2, C2=0.03**2, TILE=tile, DEPTH=32,
+    )  # fmt: skip
+    return out.sum(0) / n

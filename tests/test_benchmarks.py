@@ -102,24 +102,36 @@ def test_shapes_are_those_of_the_networks() -> None:
     assert networks.group_widths("resnet56") == (16,) * 9 + (32,) * 9 + (64,) * 9
 
 
-def test_statistics_cost_compares_time_memory_and_results(tmp_path: Path) -> None:
-    arguments = ["--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu"]
-    arguments += ["--methods", BASELINE, PAPER, "--output", str(tmp_path)]
-    statistics_cost.main(arguments)
+TINY = ("--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu")
+
+
+def test_statistics_cost_compares_time_memory_and_results(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        statistics_cost, "_peak", lambda name, *_: {BASELINE: 60.0, PAPER: 70.0}[name]
+    )
+    statistics_cost.main([*TINY, "--methods", BASELINE, PAPER, "--output", str(tmp_path)])
     content = json.loads((tmp_path / "statistics_resnet56.json").read_text())
     plain, ours = content["rows"]
     assert (plain["method"], ours["method"]) == (BASELINE, PAPER)
     assert plain["over forward and backward"] == 1 and plain["error of S"] is None
     assert 0 < ours["error of S"] < 1e-5
-    assert min(row["peak MiB"] for row in content["rows"]) > 50
+    assert ours["more than forward and backward, MiB"] == 10
     assert content["channel_dot inside the pass"]["speed-up"] > 0
+
+
+def test_peak_memory_is_that_of_the_process(capsys) -> None:
+    resident = Path("/proc/self/statm")
+    if not resident.exists():
+        pytest.skip("the peak of a process is read from /proc")
+    statistics_cost.main([*TINY, "--peak-of", PAPER])
+    now = int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    assert 0.5 * now < float(capsys.readouterr().out) < 2 * now
 
 
 def test_a_failing_library_is_named_and_left_out(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "opacus", None)  # its import fails
     monkeypatch.setattr(statistics_cost, "_peak", lambda *_: 1.0)
-    arguments = ["--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu"]
-    statistics_cost.main([*arguments, "--methods", PAPER, "Opacus", "--output", str(tmp_path)])
+    statistics_cost.main([*TINY, "--methods", PAPER, "Opacus", "--output", str(tmp_path)])
     content = json.loads((tmp_path / "statistics_resnet56.json").read_text())
     assert [row["method"] for row in content["rows"]] == [BASELINE, PAPER]
     assert content["left out"]["Opacus"].startswith("ModuleNotFoundError")
