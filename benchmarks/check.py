@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks import suite, sweep
+from benchmarks import suite, sweep, triton_kernels
 from benchmarks.limits import float32_precision
 from benchmarks.networks import Window
 from benchmarks.operation import DTYPES, Case, Operation
@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def small_cases(operation: Operation, device: str) -> Iterator[Case]:
+    # The interpreter's products take bfloat16's bits for integers.
+    dtypes = (torch.float32, torch.float16) if triton_kernels.INTERPRETED else DTYPES
     for shape in MAPS if operation.of_maps else ROWS:
         for layout in operation.layouts:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 yield Case("none", shape, dtype, layout, device, WINDOW, WIDTHS)
 
 

@@ -67,11 +67,11 @@ def measure(operation: Operation, case: Case, limits: Limits, effort: Effort, co
                 raise
             notes[name] = str(error).partition("\n")[0]
             del functions[name]
-    if operation.cold:
-        functions[YARDSTICK] = _read
-    seconds = _times(operation, case, functions, effort)
     work = operation.work(case)
     floor, bound = limits.floor(work)
+    if operation.cold and bound == "memory":
+        functions[YARDSTICK] = _read
+    seconds = _times(operation, case, functions, effort)
     rows = []
     for name, times in seconds.items():
         middle = median(times)

@@ -5,6 +5,8 @@ They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if triton is not None:
 
@@ -80,9 +84,9 @@ if triton is not None:
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         part = tl.program_id(2)
         total = tl.zeros((TILE, TILE), tl.float32)
-        last = tl.minimum(samples, (part + 1) * samples_a_part)
-        for sample in range(part * samples_a_part, last):
-            maps = x + sample.to(tl.int64) * of_sample
+        first = part * samples_a_part
+        maps = x + first.to(tl.int64) * of_sample
+        for sample in range(first, tl.minimum(samples, first + samples_a_part)):
             product = tl.zeros((TILE, TILE), tl.float32)
             for begin in range(0, positions, DEPTH):
                 at = begin + tl.arange(0, DEPTH)
@@ -105,6 +109,7 @@ if triton is not None:
             covariance = product / positions - mean_i * mean_j
             luminance = (2 * mean_i * mean_j + C1) / (mean_i * mean_i + mean_j * mean_j + C1)
             total += luminance * (2 * covariance + C2) / (variance_i + variance_j[None, :] + C2)
+            maps += of_sample
         at = (part.to(tl.int64) * channels + row[:, None]) * channels + column[None, :]
         tl.store(out + at, total, mask=(row < channels)[:, None] & (column < channels)[None, :])
 
