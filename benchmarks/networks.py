@@ -21,6 +21,10 @@ class Window(NamedTuple):
     stride: int
     padding: int
 
+    def outputs(self, size: int) -> int:
+        """Output positions along one side of an input of this size."""
+        return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+
 
 @dataclass(frozen=True)
 class Network:

@@ -10,12 +10,14 @@ COLOUR = {"float32": "tab:blue", "bfloat16": "tab:orange"}
 
 
 def draw(rows: Sequence[dict], path: Path) -> Path | None:
-    """Write one panel an operator with our per cent of the limit; None without matplotlib."""
+    """Write one panel an operator with our per cent of the limit; None without matplotlib or rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     ours = [row for row in rows if row["candidate"] == "ours"]
+    if not ours:
+        return None
     operators = list(dict.fromkeys(row["operator"] for row in ours))
     figure = Figure(figsize=(10, 3.2 * len(operators)), layout="constrained")
     axes = figure.subplots(len(operators), 1, squeeze=False)[:, 0]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from benchmarks import triton_kernels
 from benchmarks.common import interleaved, ratio, seconds_of, spread
 from benchmarks.limits import Limits
-from benchmarks.operation import DTYPES, Candidate, Case, Operation
+from benchmarks.operation import DTYPES, Candidate, Case, Operation, Work
 
 CPU_ROTATION_BYTES = 256 << 20  # several times the last-level cache
 MAX_COPIES = 64
@@ -29,8 +30,8 @@ class Effort:
     Attributes:
         seconds: that the timed calls of a case take together, about.
         rounds: at most.
-        compiled: "all" cases also as torch.compile makes them, "some" (the first size of each
-            network, with all types and layouts) or "none".
+        compiled: "all" cases also as torch.compile makes them, "some" (an operator's first size,
+            with all types and layouts) or "none".
     """
 
     seconds: float = 1.0
@@ -50,52 +51,61 @@ def cases(
             yield Case(network=network, layout=layout, dtype=dtype, device=device, **size)
 
 
-def measure(operation: Operation, case: Case, limits: Limits, effort: Effort, compiled: bool):
-    """Rows of a case, one a candidate, "ours" first.
+def measure(
+    operation: Operation, case: Case, limits: Limits, effort: Effort, compiled: bool
+) -> tuple[list[dict], dict[str, str]]:
+    """Rows of a case, one a candidate, "ours" first; and the rivals left out, with reasons.
 
     Raises:
-        AssertionError: a result is further from the float64 reference than the bound allows.
+        AssertionError: our result is further from the float64 reference than the bound allows.
     """
     torch.manual_seed(0)
-    functions, notes = _candidates(operation, case, compiled)
+    functions, left_out = _candidates(operation, case, compiled)
+    inputs = operation.inputs(case)
+    expected = operation.reference(*inputs)
     errors = {}
-    for name in list(functions):
+    for name, function in list(functions.items()):
         try:
-            errors[name] = validate(operation, case, name, functions[name])
-        except (RuntimeError, NotImplementedError) as error:  # a rival may lack memory or a type
+            errors[name] = _error(operation, case, name, function(*_clone(inputs)), expected)
+        except (AssertionError, RuntimeError) as error:  # a rival may lack memory, a type, accuracy
             if name == "ours":
                 raise
-            notes[name] = str(error).partition("\n")[0]
+            left_out[name] = str(error).partition("\n")[0]
             del functions[name]
     work = operation.work(case)
-    floor, bound = limits.floor(work)
-    if operation.cold and bound == "memory":
+    if operation.cold and limits.floor(work)[1] == "memory":
         functions[YARDSTICK] = _read
     seconds = _times(operation, case, functions, effort)
-    rows = []
-    for name, times in seconds.items():
-        middle = median(times)
-        rows.append(
-            {
-                "operator": operation.name,
-                "network": case.network,
-                "size": case.label,
-                "layout": case.layout,
-                "dtype": case.dtype_name,
-                "candidate": name,
-                **spread(times),
-                "rounds": len(times),
-                "GB/s": 1e-9 * work.bytes / middle,
-                "TFLOP/s": 1e-12 * work.operations / middle,
-                "bound by": bound,
-                "% of limit": 100 * floor / middle,
-                "% of copy": 100 * work.bytes / middle / limits.copy,
-                "% of two-stream read": 100 * work.bytes / middle / limits.read_two,
-                "time over ours": ratio(times, seconds["ours"]),
-                "error": errors.get(name),
-            }
-        )
-    return rows, notes
+    of_case = {
+        "operator": operation.name,
+        "network": case.network,
+        "size": case.label,
+        "layout": case.layout,
+        "dtype": case.dtype_name,
+    }
+    rows = [
+        of_case
+        | {"candidate": name, **_figures(times, work, limits)}
+        | {"time over ours": ratio(times, seconds["ours"]), "error": errors.get(name)}
+        for name, times in seconds.items()
+    ]
+    return rows, left_out
+
+
+def _figures(times: list[float], work: Work, limits: Limits) -> dict:
+    """Quantiles of the time, and its middle as rates and shares of the limits."""
+    middle = median(times)
+    floor, bound = limits.floor(work)
+    return {
+        **spread(times),
+        "rounds": len(times),
+        "GB/s": 1e-9 * work.bytes / middle,
+        "TFLOP/s": 1e-12 * work.operations / middle,
+        "bound by": bound,
+        "% of limit": 100 * floor / middle,
+        "% of copy": 100 * work.bytes / middle / limits.copy,
+        "% of two-stream read": 100 * work.bytes / middle / limits.read_two,
+    }
 
 
 def overview(rows: Iterable[dict]) -> list[dict]:
@@ -154,10 +164,18 @@ def _candidates(
 
 
 def validate(operation: Operation, case: Case, name: str, function: Candidate) -> float:
-    """The largest error over the sum of |terms|."""
+    """One candidate on fresh inputs: the largest error over the sum of |terms|.
+
+    Raises:
+        AssertionError: it is larger than the bound.
+    """
     inputs = operation.inputs(case)
-    expected, magnitude = map(_flat, operation.reference(*inputs))
-    result = _flat(function(*inputs))
+    expected = operation.reference(*inputs)
+    return _error(operation, case, name, function(*inputs), expected)
+
+
+def _error(operation: Operation, case: Case, name: str, result, expected: tuple) -> float:
+    result, expected, magnitude = _flat(result), *map(_flat, expected)
     bound = operation.tolerance(case, name)
     error = (result - expected).abs()
     if not (error <= bound * magnitude).all():  # False for NaN
@@ -201,8 +219,11 @@ def _copies(inputs: tuple, device: str) -> int:
     return max(2, min(MAX_COPIES, math.ceil(rotation / size)))
 
 
-def _clone(inputs: tuple) -> tuple:
-    return tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
+def _clone(value: Any) -> Any:
+    """Tensors cloned, also in a tuple or list; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(map(_clone, value)) if type(value) in (tuple, list) else value
 
 
 def _read(*inputs) -> None:

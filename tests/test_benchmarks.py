@@ -62,12 +62,21 @@ def test_every_operator_is_measured_beside_its_rivals(operator: str, tmp_path: P
             assert row["time over ours"] == 1 and row["error"] < 1e-5
 
 
-def test_a_wrong_result_stops_the_run(monkeypatch, tmp_path: Path) -> None:
+def test_a_wrong_result_fails_the_run(monkeypatch, tmp_path: Path) -> None:
     correct = ops.channel_dot
     monkeypatch.setattr(ops, "channel_dot", lambda x, g: correct(x, g) * (1 + 1e-4))
     with pytest.raises(AssertionError, match="channel_dot: ours is wrong on 2x64x8x8"):
         run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
-    assert not (tmp_path / "operators.json").exists()
+    content = json.loads((tmp_path / "operators.json").read_text())
+    assert content["rows"] == [] and len(content["failures"]) == 4  # two layouts, two types
+
+
+def test_a_wrong_rival_is_left_out(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "einsum", lambda _, x, g: torch.zeros(x.shape[:2]))
+    content = run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
+    assert "einsum" not in {row["candidate"] for row in content["rows"]}
+    reasons = [r["reason"] for r in content["left out"] if r["candidate"] == "einsum"]
+    assert len(reasons) == 4 and "einsum is wrong" in reasons[0]
 
 
 def test_nan_is_wrong(monkeypatch, tmp_path: Path) -> None:
@@ -86,6 +95,8 @@ def test_limits_hold_work_against_its_slower_side() -> None:
     assert limits.floor(Work(bytes=4_000, streams=1)) == (2e-6, "memory")
     assert limits.floor(Work(bytes=4_000, streams=2)) == (1e-6, "memory")
     assert limits.floor(Work(bytes=4_000, operations=5_000_000)) == (5e-6, "arithmetic")
+    split = Limits(1e9, 2e9, 4e9, {"fp32": 1e12, "tf32": 6e12, "bf16": 9e12})
+    assert (split.rate("fp32"), split.rate("bf16")) == (2e12, 9e12)
 
 
 def test_resnet50_is_the_published_one() -> None:
