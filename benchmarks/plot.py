@@ -10,7 +10,7 @@ COLOUR = {"float32": "tab:blue", "bfloat16": "tab:orange"}
 
 
 def draw(rows: Sequence[dict], path: Path) -> Path | None:
-    """Write one panel an operator with our per cent of the limit; None without matplotlib or rows."""
+    """One panel an operator, our per cent of the limit; None without matplotlib or rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -113,6 +113,41 @@ if triton is not None:
         at = (part.to(tl.int64) * channels + row[:, None]) * channels + column[None, :]
         tl.store(out + at, total, mask=(row < channels)[:, None] & (column < channels)[None, :])
 
+    @triton.jit
+    def _moments(
+        x, out, samples, channels, positions, of_sample, of_channel, of_position,
+        parts, samples_a_part, WIDE: tl.constexpr, LONG: tl.constexpr,
+    ):  # fmt: skip
+        """One program for WIDE channels of a part of the samples: out [5, parts, C]."""
+        channel = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+        part = tl.program_id(1)
+        total = tl.zeros((WIDE, LONG), tl.float32)
+        square = tl.zeros((WIDE, LONG), tl.float32)
+        zeros = tl.zeros((WIDE, LONG), tl.float32)
+        low = tl.full((WIDE, LONG), float("inf"), tl.float32)
+        high = tl.full((WIDE, LONG), float("-inf"), tl.float32)
+        first = part * samples_a_part
+        maps = x + first.to(tl.int64) * of_sample
+        for _ in range(first, tl.minimum(samples, first + samples_a_part)):
+            for begin in range(0, positions, LONG):
+                at = begin + tl.arange(0, LONG)
+                inside = (channel < channels)[:, None] & (at < positions)[None, :]
+                place = channel[:, None] * of_channel + at[None, :] * of_position
+                value = tl.load(maps + place, mask=inside, other=0.0).to(tl.float32)
+                total += value
+                square += value * value
+                zeros += tl.where(inside & (value == 0), 1.0, 0.0)
+                low = tl.minimum(low, tl.where(inside, value, float("inf")))
+                high = tl.maximum(high, tl.where(inside, value, float("-inf")))
+            maps += of_sample
+        at = out + part * channels + channel
+        of_moment = parts * channels
+        tl.store(at, tl.sum(total, 1), mask=channel < channels)
+        tl.store(at + of_moment, tl.sum(square, 1), mask=channel < channels)
+        tl.store(at + 2 * of_moment, tl.sum(zeros, 1), mask=channel < channels)
+        tl.store(at + 3 * of_moment, tl.min(low, 1), mask=channel < channels)
+        tl.store(at + 4 * of_moment, tl.max(high, 1), mask=channel < channels)
+
 
 PROGRAMS = 512  # enough to fill a GPU several times
 
@@ -157,3 +192,19 @@ def map_similarity(x: Tensor) -> Tensor:
         samples_a_part, C1=0.01**2, C2=0.03**2, TILE=tile, DEPTH=32,
     )  # fmt: skip
     return out.sum(0) / n
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, ...]:
+    """Per channel of [N, C, H, W]: the sum, the sum of squares, zeros, least and largest value."""
+    n, c, h, w = x.shape
+    of_sample, of_channel, _, of_position = x.stride()
+    wide, long = (1, 1024) if of_position == 1 else (min(64, triton.next_power_of_2(c)), 32)
+    blocks = triton.cdiv(c, wide)
+    samples_a_part = triton.cdiv(n, max(1, min(n, 4 * PROGRAMS // blocks)))
+    parts = triton.cdiv(n, samples_a_part)
+    out = torch.empty(5, parts, c, device=x.device)
+    _moments[(blocks, parts)](
+        x, out, n, c, h * w, of_sample, of_channel, of_position, parts, samples_a_part,
+        WIDE=wide, LONG=long,
+    )  # fmt: skip
+    return *out[:3].sum(1), out[3].amin(0), out[4].amax(0)
