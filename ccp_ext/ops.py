@@ -7,6 +7,8 @@ of shapes and dtypes, with the same messages.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,12 @@ from ccp_ext import _C  # noqa: F401  (its import registers the operators)
 
 _channel_dot = torch.ops.ccp_ext.channel_dot.default
 _weighted_gram = torch.ops.ccp_ext.weighted_gram_.default
+_channel_moments = torch.ops.ccp_ext.channel_moments.default
+_map_similarity = torch.ops.ccp_ext.map_similarity.default
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRAM_DTYPES = (torch.float32, torch.float64)
+_SIMILARITIES = ("ssim", "psnr", "mse", "cosine", "pearson")
 
 
 def channel_dot(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
@@ -75,6 +80,115 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
     except RuntimeError as error:
         raise _bad_argument(error, "weighted_gram_") from None
     return S
+
+
+class ChannelMoments(NamedTuple):
+    """What ``channel_moments`` returns: for each channel, over samples and positions.
+
+    Moments of several batches merge: sums, zeros and count add up, ``minimum`` and ``maximum`` are
+    those of the batches. Without elements, ``minimum`` is infinity and ``maximum`` minus infinity.
+    """
+
+    sum: Tensor  # [C], float64, as all but zeros
+    square_sum: Tensor
+    zeros: Tensor  # [C], int64: values equal to 0, of either sign
+    minimum: Tensor
+    maximum: Tensor
+    count: int  # values per channel
+
+
+def channel_moments(x: Tensor, channel_dim: int = 1) -> ChannelMoments:
+    """Sum, sum of squares, number of zeros, minimum and maximum of each channel, in one read of x.
+
+    ``sum[c] = sum over samples n and positions p of x[n, c, p]``, and so on. ``zeros / count`` is
+    the average percentage of zeros (APoZ, Hu et al., arXiv 1607.03250); ``sum / count`` and
+    ``square_sum / count - (sum / count)^2`` are the mean and the population variance that a
+    BatchNorm layer estimates; minimum and maximum bound a histogram.
+
+    Args:
+        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]``, ``[N, C, D, H, W]``, or with the channel
+            elsewhere, such as ``[N, L, C]`` with ``channel_dim=-1``. float32, float64, bfloat16 or
+            float16; any strides. Contiguous and channels-last tensors are read fastest; nothing is
+            copied.
+        channel_dim: The channel's dimension, not 0; negative counts from the end.
+
+    Returns:
+        ``ChannelMoments``. Sums are made of short sums in float32 (float64 for float64 inputs),
+        added up in float64: their error is some 1e-6 of the sum of the terms' magnitudes at most. A
+        channel that holds NaN has NaN for sum, square_sum, minimum and maximum. Two calls give
+        equal bits, also with another number of CPU threads.
+
+    Raises:
+        ValueError: x has fewer than two dimensions or another dtype, or ``channel_dim`` is out of
+            range.
+
+    Not differentiable: call it on detached tensors.
+    """
+    try:
+        moments = _channel_moments(x, channel_dim)
+    except RuntimeError as error:
+        raise _bad_argument(error, "channel_moments") from None
+    total, square_sum, zeros, minimum, maximum = moments.unbind()
+    count = x.shape[:channel_dim].numel() * x.shape[channel_dim:][1:].numel()
+    return ChannelMoments(total, square_sum, zeros.long(), minimum, maximum, count)
+
+
+def map_similarity(
+    x: Tensor,
+    kind: str = "ssim",
+    y: Tensor | None = None,
+    *,
+    data_range: float = 1.0,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """The mean over the samples of the similarity between the feature maps of a sample.
+
+    ``D[i, j] = mean over n of s(x[n, i], y[n, j])``, where ``y`` is ``x`` unless given. With
+    μ the mean over a map's positions, σ² and σ_ij the population variance and covariance over them
+    (divided by the number of positions), and L = ``data_range``, s is
+
+    - ``"ssim"``: ((2 μ_i μ_j + C1) (2 σ_ij + C2)) / ((μ_i² + μ_j² + C1) (σ_i² + σ_j² + C2)) with
+      C1 = (0.01 L)², C2 = (0.03 L)²: the structural similarity index of Wang et al. (2004, IEEE
+      Transactions on Image Processing 13(4), equation 13) with one window, the whole map;
+    - ``"mse"``: the mean squared difference, σ_i² + σ_j² - 2 σ_ij + (μ_i - μ_j)²;
+    - ``"psnr"``: 10 log10(L² / mse) in decibels, where an mse below 1e-6 L² counts as 1e-6 L²:
+      identical maps have 60 dB;
+    - ``"cosine"``: (σ_ij + μ_i μ_j) / sqrt((σ_i² + μ_i²) (σ_j² + μ_j²)); 0 if a map is zero;
+    - ``"pearson"``: σ_ij / (σ_i σ_j); 0 if a map is constant.
+
+    Feature maps of one layer compared in this way measure the redundancy of its channels (QSFM,
+    arXiv 2105.06052). The similarities of single samples are never stored: beside the result, the
+    memory taken is some numbers per map and sample and partial results of fixed size.
+
+    Args:
+        x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]`` and so on; a map may be a single number.
+            float32, bfloat16 or float16; on the CPU also float64. Any strides; contiguous and
+            channels-last tensors are read fastest; nothing is copied.
+        kind: The similarity.
+        y: Same shape, dtype and device as ``x``; its strides may differ.
+        data_range: L, positive: the distance between the largest and the smallest value that the
+            maps can take. SSIM and PSNR depend on ``x / data_range`` only; the others ignore it.
+        allow_tf32: Let the GPU's matrix units round products of float32 values to TF32 (11
+            significant bits), about three times as fast. The CPU ignores it.
+
+    Returns:
+        ``[C, C]``, float32; float64 for float64 inputs. Without ``y`` it is symmetric to the bit
+        and its diagonal exact: 1, or 0 for mse, or 60 for psnr. Maps that hold NaN or infinity make
+        NaN of their row and column. With N = 0 or no positions, all NaN.
+
+        float32 maps are centred by their mean before products are summed: a large mean costs no
+        accuracy. Two calls give equal bits, also with another number of CPU threads.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit, an unknown ``kind``, or ``data_range`` is
+            not positive and finite.
+
+    Not differentiable: call it on detached tensors.
+    """
+    try:
+        return _map_similarity(x, kind, y, data_range=data_range, allow_tf32=allow_tf32)
+    except RuntimeError as error:
+        raise _bad_argument(error, "map_similarity") from None
 
 
 def _bad_argument(error: RuntimeError, op: str) -> Exception:
@@ -159,3 +273,64 @@ def _(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> None:
         sigma.dtype in _GRAM_DTYPES,
         f"weighted_gram_: sigma must be float32 or float64, got {_dtype_name(sigma.dtype)}",
     )
+
+
+@torch.library.register_fake("ccp_ext::map_similarity")
+def _(
+    x: Tensor,
+    kind: str = "ssim",
+    y: Tensor | None = None,
+    *,
+    data_range: float = 1.0,
+    allow_tf32: bool = False,
+) -> Tensor:
+    _check(
+        x.dim() >= 2,
+        f"map_similarity: x must have at least 2 dimensions, [N, C, ...], got {list(x.shape)}",
+    )
+    _check(
+        x.dtype in _FLOATING,
+        "map_similarity: x must be float32, float64, bfloat16 or float16, got "
+        f"{_dtype_name(x.dtype)}",
+    )
+    _check(
+        kind in _SIMILARITIES,
+        f"map_similarity: kind must be ssim, psnr, mse, cosine or pearson, got {kind}",
+    )
+    _check(
+        0 < data_range < float("inf"),
+        f"map_similarity: data_range must be positive and finite, got {data_range:g}",
+    )
+    if y is not None:
+        _check(
+            x.shape == y.shape,
+            f"map_similarity: y must have the shape of x, got x {list(x.shape)} and y "
+            f"{list(y.shape)}",
+        )
+        _check(
+            x.dtype == y.dtype,
+            f"map_similarity: y must have the dtype of x, got x {_dtype_name(x.dtype)} and y "
+            f"{_dtype_name(y.dtype)}",
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[1], x.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("ccp_ext::channel_moments")
+def _(x: Tensor, channel_dim: int = 1) -> Tensor:
+    _check(
+        x.dim() >= 2,
+        f"channel_moments: x must have at least 2 dimensions, [N, C, ...], got {list(x.shape)}",
+    )
+    channel = channel_dim + x.dim() if channel_dim < 0 else channel_dim
+    _check(
+        0 < channel < x.dim(),
+        f"channel_moments: channel_dim must name a dimension of x {list(x.shape)} other than 0 "
+        f"(the samples), got {channel_dim}",
+    )
+    _check(
+        x.dtype in _FLOATING,
+        "channel_moments: x must be float32, float64, bfloat16 or float16, got "
+        f"{_dtype_name(x.dtype)}",
+    )
+    return x.new_empty((5, x.shape[channel]), dtype=torch.float64)

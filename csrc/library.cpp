@@ -18,6 +18,10 @@
 STABLE_TORCH_LIBRARY(ccp_ext, m) {
   m.def("channel_dot(Tensor x, Tensor g, int channel_dim=1) -> Tensor");
   m.def("weighted_gram_(Tensor(a!) S, Tensor a, Tensor? sigma=None) -> ()");
+  m.def("channel_moments(Tensor x, int channel_dim=1) -> Tensor");
+  m.def(
+      "map_similarity(Tensor x, str kind=\"ssim\", Tensor? y=None, *, float data_range=1.0, "
+      "bool allow_tf32=False) -> Tensor");
 }
 
 namespace {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "csrc/layout.h"
+#include "csrc/moments.h"
+#include "csrc/similarity.h"
 
 namespace ccp {
 
@@ -22,6 +24,23 @@ struct WeightedGramParams {
   int64_t S_stride;
   int64_t a_sample_stride, a_term_stride, a_channel_stride;
   int64_t sigma_sample_stride, sigma_term_stride;
+};
+
+// The moments of every channel over all samples and positions.
+struct ChannelMomentsParams {
+  const void* x;
+  double* out;  // [kMomentRows, C] contiguous
+  // Without samples: they are positions here. Both strides of a dimension are those of x.
+  ChannelDotLayout layout;
+};
+
+// Means over the samples of the similarity between map i of x and map j of g, or of x itself.
+struct MapSimilarityParams {
+  ChannelDotParams maps;  // out is [C, C], contiguous; g is x if symmetric
+  bool symmetric;
+  SimilarityKind kind;
+  double scale;  // map_scale
+  bool allow_tf32;
 };
 
 }  // namespace ccp

@@ -21,6 +21,7 @@ ROOT = EMULATOR.parent.parent
 DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
+    "mma": ["plain", "address", "thread"],
     "cpu_kernels": ["address"],
     "launch": ["address"],
 }
@@ -94,7 +95,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
-@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram"])
+@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram", "mma"])
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
     schedules = "4" if sanitizer == "plain" else "1"
     finished = run(driver, sanitizer, schedules)
@@ -131,3 +132,15 @@ def test_a_launch_beyond_the_data_is_reported(run: Run) -> None:
     assert finished.returncode != 0
     assert "heap-buffer-overflow" in finished.stderr
     assert "vec.cuh" in finished.stderr
+
+
+def test_reading_a_copy_before_it_has_arrived_gives_nan(run: Run) -> None:
+    finished = run("mma", "plain", "1", "early-read")
+    assert finished.returncode != 0
+    assert "is nan" in finished.stdout or "is -nan" in finished.stdout
+
+
+def test_reading_the_copies_of_others_without_a_barrier_is_a_race(run: Run) -> None:
+    finished = run("mma", "thread", "1", "drop-barrier", "1")
+    assert finished.returncode != 0
+    assert "ThreadSanitizer: data race" in finished.stderr
