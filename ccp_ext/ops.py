@@ -8,6 +8,7 @@ of shapes and dtypes, with the same messages.
 from __future__ import annotations
 
 from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ _channel_dot = torch.ops.ccp_ext.channel_dot.default
 _weighted_gram = torch.ops.ccp_ext.weighted_gram_.default
 _channel_moments = torch.ops.ccp_ext.channel_moments.default
 _map_similarity = torch.ops.ccp_ext.map_similarity.default
+_weighted_grams = torch.ops.ccp_ext.weighted_grams_.default
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GRAM_DTYPES = (torch.float32, torch.float64)
@@ -191,6 +193,44 @@ def map_similarity(
         raise _bad_argument(error, "map_similarity") from None
 
 
+def weighted_grams_(
+    S: Sequence[Tensor], a: Sequence[Tensor], sigma: Tensor | Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Add the weighted Gram matrices of many layers in one call, in place.
+
+    ``S[l] += sum over n, k of sigma[l][n, k] * a[l][n, k, :] a[l][n, k, :]^T`` for every layer l:
+    :func:`weighted_gram_` for each, without its cost per call. On CUDA up to 64 layers share a
+    kernel launch, and a second one where rows were summed in parts; nothing is copied from the
+    host and nothing waits, so that the call can be captured in a CUDA graph. On the CPU all layers
+    share the threads.
+
+    Args:
+        S: The matrices, each ``[C_l, C_l]`` as in :func:`weighted_gram_`, all of one dtype and on
+            one device; no two may share memory.
+        a: One tensor ``[N_l, C_l]`` or ``[N_l, K_l, C_l]`` per matrix, all of one dtype; none may
+            share memory with any of ``S``.
+        sigma: One tensor ``a[l].shape[:-1]`` per matrix, or one tensor that serves all of them.
+            None means all ones.
+
+    Returns:
+        ``S``, as a list.
+
+    Raises:
+        ValueError: As in :func:`weighted_gram_`; the message names the layer. Or the numbers of
+            tensors differ.
+
+    Two equal calls give equal bits. How rows are split into parts depends on all the layers of the
+    call, so that other companions may change a layer's last bits.
+    """
+    matrices = list(S)
+    weights = [sigma] * len(matrices) if isinstance(sigma, Tensor) else sigma
+    try:
+        _weighted_grams(matrices, list(a), None if weights is None else list(weights))
+    except RuntimeError as error:
+        raise _bad_argument(error, "weighted_grams_") from None
+    return matrices
+
+
 def _bad_argument(error: RuntimeError, op: str) -> Exception:
     """A failed check of the kernel as a ValueError, whatever type torch made of it."""
     return ValueError(str(error)) if str(error).startswith(f"{op}: ") else error
@@ -236,42 +276,68 @@ def _(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
 
 @torch.library.register_fake("ccp_ext::weighted_gram_")
 def _(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> None:
+    _check_gram("weighted_gram_: ", S, a)
+    if sigma is not None:
+        _check_gram_sigma("weighted_gram_: ", a, sigma)
+
+
+@torch.library.register_fake("ccp_ext::weighted_grams_")
+def _(S: Sequence[Tensor], a: Sequence[Tensor], sigma: Sequence[Tensor] | None = None) -> None:
+    op = "weighted_grams_"
+    if sigma is not None:
+        _check(
+            len(sigma) == len(S),
+            f"{op}: sigma must have one tensor per matrix of S, got {len(sigma)} for {len(S)}",
+        )
+    _check(
+        len(a) == len(S), f"{op}: a must have one tensor per matrix of S, got {len(a)} for {len(S)}"
+    )
+    for layer in range(len(S)):
+        name = f"{op}: layer {layer}: "
+        _check_gram(name, S[layer], a[layer])
+        if sigma is not None:
+            _check_gram_sigma(name, a[layer], sigma[layer])
+        for argument, tensors in (("S", S), ("a", a)):
+            _check(
+                tensors[layer].dtype == tensors[0].dtype,
+                f"{name}{argument} must have the dtype of layer 0's, got "
+                f"{_dtype_name(tensors[layer].dtype)} and {_dtype_name(tensors[0].dtype)}",
+            )
+
+
+def _check_gram(name: str, S: Tensor, a: Tensor) -> None:
     _check(
         S.dim() == 2 and S.shape[0] == S.shape[1],
-        f"weighted_gram_: S must be a square matrix [C, C], got {list(S.shape)}",
+        f"{name}S must be a square matrix [C, C], got {list(S.shape)}",
     )
-    _check(
-        a.dim() in (2, 3),
-        f"weighted_gram_: a must be [N, C] or [N, K, C], got {list(a.shape)}",
-    )
+    _check(a.dim() in (2, 3), f"{name}a must be [N, C] or [N, K, C], got {list(a.shape)}")
     _check(
         a.shape[-1] == S.shape[0],
-        f"weighted_gram_: a must have as many channels as S, got a {list(a.shape)} and S "
-        f"{list(S.shape)}",
+        f"{name}a must have as many channels as S, got a {list(a.shape)} and S {list(S.shape)}",
     )
     _check(
         S.dtype in _GRAM_DTYPES,
-        f"weighted_gram_: S must be float32 or float64, got {_dtype_name(S.dtype)}",
+        f"{name}S must be float32 or float64, got {_dtype_name(S.dtype)}",
     )
     _check(
         a.dtype in _FLOATING,
-        "weighted_gram_: a must be float32, float64, bfloat16 or float16, got "
-        f"{_dtype_name(a.dtype)}",
+        f"{name}a must be float32, float64, bfloat16 or float16, got {_dtype_name(a.dtype)}",
     )
     _check(
         S.dtype == torch.float64 or a.dtype != torch.float64,
-        "weighted_gram_: a must not be wider than S, got a float64 and S float32",
+        f"{name}a must not be wider than S, got a float64 and S float32",
     )
-    if sigma is None:
-        return
+
+
+def _check_gram_sigma(name: str, a: Tensor, sigma: Tensor) -> None:
     _check(
         sigma.shape == a.shape[:-1],
-        f"weighted_gram_: sigma must have one value per row of a {list(a.shape)}, shape "
-        f"a.shape[:-1], got {list(sigma.shape)}",
+        f"{name}sigma must have one value per row of a {list(a.shape)}, shape a.shape[:-1], got "
+        f"{list(sigma.shape)}",
     )
     _check(
         sigma.dtype in _GRAM_DTYPES,
-        f"weighted_gram_: sigma must be float32 or float64, got {_dtype_name(sigma.dtype)}",
+        f"{name}sigma must be float32 or float64, got {_dtype_name(sigma.dtype)}",
     )
 
 

@@ -3,7 +3,7 @@
 For a channel's tensor z (bias-free), <w_i, dl_n/dw_i> = sum over positions of z_ni * dl_n/dz_ni:
 one fused multiply-reduce (:func:`ccp_ext.ops.channel_dot`) over an activation and its gradient
 replaces the per-sample weight gradients, and one weighted Gram update
-(:func:`ccp_ext.ops.weighted_gram_`) a batch adds them to S.
+(:func:`ccp_ext.ops.weighted_grams_`, all groups at once) a batch adds them to S.
 """
 
 from __future__ import annotations
@@ -86,8 +86,6 @@ class GroupStatistics:
         """Add the derivatives ``a`` [N, C] of one backward pass."""
         if self.gram_sum is None:
             self._allocate(a)
-        if backward_pass.gram:
-            ops.weighted_gram_(self.gram_sum, a, backward_pass.sigma)
         if backward_pass.first_order and self.first_order:
             self.gradient_sum += a.sum(0)
             self.absolute_sum += a.abs().sum(0)
@@ -217,11 +215,22 @@ class Statistics(Mapping):
         for forward in self._waiting:
             for name, a in forward.contributions.items():
                 self._groups[name]._add(a, forward.backward_pass)
+            if forward.backward_pass.gram:
+                self._add_grams(forward.contributions, forward.backward_pass.sigma)
             if forward.backward_pass.counts:
                 self._count(next(iter(forward.contributions.values())))
             forward.contributions = {}
             forward.finished = finished
         self._waiting = []
+
+    def _add_grams(self, contributions: Mapping[str, Tensor], sigma: Tensor | None) -> None:
+        """One call for all groups whose derivatives share device and dtype: commonly all."""
+        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, a in contributions.items():
+            alike.setdefault((a.device, a.dtype), []).append(name)
+        for names in alike.values():
+            sums = [self._groups[name].gram_sum for name in names]
+            ops.weighted_grams_(sums, [contributions[name] for name in names], sigma)
 
     def _count(self, a: Tensor) -> None:
         for group in self._groups.values():

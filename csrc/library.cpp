@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(ccp_ext, m) {
   m.def(
       "map_similarity(Tensor x, str kind=\"ssim\", Tensor? y=None, *, float data_range=1.0, "
       "bool allow_tf32=False) -> Tensor");
+  m.def("weighted_grams_(Tensor(a!)[] S, Tensor[] a, Tensor[]? sigma=None) -> ()");
 }
 
 namespace {

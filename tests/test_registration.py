@@ -36,6 +36,17 @@ WEIGHTED_GRAM_SAMPLES = [
         torch.randn(5, device=device, dtype=torch.float64),
     ),
 ]
+WEIGHTED_GRAMS_SAMPLES = [
+    lambda device: (
+        [torch.randn(3, 3, device=device), torch.randn(4, 4, device=device)],
+        [torch.randn(5, 3, device=device), torch.randn(2, 2, 4, device=device)],
+    ),
+    lambda device: (
+        [torch.randn(3, 3, device=device), torch.randn(4, 4, device=device)],
+        [torch.randn(5, 3, device=device), torch.randn(2, 2, 4, device=device)],
+        [torch.randn(5, device=device), torch.randn(2, 2, device=device)],
+    ),
+]
 
 
 @pytest.mark.parametrize("sample", CHANNEL_DOT_SAMPLES)
@@ -46,6 +57,24 @@ def test_opcheck_of_channel_dot(sample: Callable[[str], tuple], device: str) -> 
 @pytest.mark.parametrize("sample", WEIGHTED_GRAM_SAMPLES)
 def test_opcheck_of_weighted_gram(sample: Callable[[str], tuple], device: str) -> None:
     torch.library.opcheck(torch.ops.ccp_ext.weighted_gram_.default, sample(device))
+
+
+@pytest.mark.parametrize("sample", WEIGHTED_GRAMS_SAMPLES)
+def test_opcheck_of_weighted_grams(sample: Callable[[str], tuple], device: str) -> None:
+    torch.library.opcheck(torch.ops.ccp_ext.weighted_grams_.default, sample(device))
+
+
+def test_a_grouped_update_compiles_without_graph_breaks(device: str) -> None:
+    def step(S: list[Tensor], a: list[Tensor], sigma: Tensor) -> Tensor:
+        return ops.weighted_grams_(S, [2 * rows for rows in a], sigma)[1].diagonal() + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    a = [torch.randn(6, C, device=device) for C in (3, 5)]
+    sigma = torch.randn(6, device=device)
+    S = [torch.zeros(C, C, device=device) for C in (3, 5)]
+    compiled_S = [matrix.clone() for matrix in S]
+    assert torch.equal(compiled(compiled_S, a, sigma), step(S, a, sigma))
+    assert all(torch.equal(one, other) for one, other in zip(compiled_S, S, strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -119,6 +148,28 @@ BAD_ARGUMENTS: dict[str, Call] = {
     "weighted_gram_: sigma must be float32 or float64, got bfloat16": lambda: ops.weighted_gram_(
         torch.ones(3, 3), torch.ones(5, 3), torch.ones(5).bfloat16()
     ),
+    "weighted_grams_: a must have one tensor per matrix of S, got 1 for 2": lambda: (
+        ops.weighted_grams_([torch.ones(3, 3), torch.ones(3, 3)], [torch.ones(5, 3)])
+    ),
+    "weighted_grams_: sigma must have one tensor per matrix of S, got 0 for 1": lambda: (
+        ops.weighted_grams_([torch.ones(3, 3)], [torch.ones(5, 3)], [])
+    ),
+    "weighted_grams_: layer 1: a must have as many channels as S, got a [5, 4] and S "
+    "[3, 3]": lambda: ops.weighted_grams_(
+        [torch.ones(4, 4), torch.ones(3, 3)], [torch.ones(5, 4), torch.ones(5, 4)]
+    ),
+    "weighted_grams_: layer 1: S must have the dtype of layer 0's, got float64 and "
+    "float32": lambda: ops.weighted_grams_(
+        [torch.ones(3, 3), torch.ones(3, 3).double()], [torch.ones(5, 3), torch.ones(5, 3)]
+    ),
+    "weighted_grams_: layer 1: a must have the dtype of layer 0's, got bfloat16 and "
+    "float32": lambda: ops.weighted_grams_(
+        [torch.ones(3, 3), torch.ones(3, 3)], [torch.ones(5, 3), torch.ones(5, 3).bfloat16()]
+    ),
+    "weighted_grams_: layer 0: sigma must have one value per row of a [5, 3], shape "
+    "a.shape[:-1], got [4]": lambda: ops.weighted_grams_(
+        [torch.ones(3, 3)], [torch.ones(5, 3)], torch.ones(4)
+    ),
 }
 
 
@@ -142,6 +193,10 @@ def test_memory_shared_with_S_is_refused() -> None:
         ops.weighted_gram_(S[:3], S[2:])
     with pytest.raises(ValueError, match="sigma must not share memory with S"):
         ops.weighted_gram_(S[:3], torch.ones(3, 3), S[0])
+    with pytest.raises(ValueError, match="no two matrices of S may share memory"):
+        ops.weighted_grams_([S[:3], S[2:5]], [torch.ones(3, 3), torch.ones(3, 3)])
+    with pytest.raises(ValueError, match="layer 0: a must not share memory with S"):
+        ops.weighted_grams_([torch.ones(3, 3), S[:3]], [S[2:], torch.ones(3, 3)])
 
 
 def test_too_many_strided_dimensions_are_refused() -> None:

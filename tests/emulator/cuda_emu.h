@@ -27,6 +27,7 @@
 #include <vector>
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -299,6 +300,12 @@ inline void finish_copies(size_t still_pending) {
 
 inline void __syncthreads() { emu::sync_block(); }
 inline void __syncwarp() { emu::sync_warp(); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, unsigned source) {
+  if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
+  return emu::gather(value)[source % emu::kWarp];
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
