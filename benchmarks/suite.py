@@ -18,6 +18,7 @@ import ccp_ext
 from benchmarks import limits as machine
 from benchmarks import plot, sweep
 from benchmarks.channel_dot import ChannelDot
+from benchmarks.channel_moments import ChannelMoments
 from benchmarks.common import RESULTS, write_results
 from benchmarks.limits import Limits, float32_precision
 from benchmarks.map_similarity import MapSimilarity
@@ -30,7 +31,13 @@ from ccp_ext.report import table
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (ChannelDot(), WeightedGram(), WeightedGrams(), MapSimilarity())
+    for operation in (
+        ChannelDot(),
+        ChannelMoments(),
+        WeightedGram(),
+        WeightedGrams(),
+        MapSimilarity(),
+    )
 }
 
 

@@ -7,8 +7,8 @@ of shapes and dtypes, with the same messages.
 
 from __future__ import annotations
 
-from typing import NamedTuple
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
