@@ -47,7 +47,7 @@ build() {
   fi
   local arch
   arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) || return 1
-  limited 150 env CCP_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" \
+  limited 100 env CCP_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" \
     "$PYTHON" setup.py build_ext --inplace
 }
 
@@ -56,7 +56,7 @@ run_tests() {
     limited 120 "$PYTHON" -m pytest -q -m gpu
     return
   fi
-  limited 90 "$PYTHON" -m pytest -q -m gpu -rs
+  limited 60 "$PYTHON" -m pytest -q -m gpu -rs
 }
 
 sanitize() {
@@ -67,7 +67,7 @@ sanitize() {
   fi
   for tool in memcheck racecheck initcheck; do
     # Only this project's kernels; every allocation its own, so that its ends are seen.
-    limited 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    limited 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --kernel-name kns=ccp --error-exitcode 1 --print-limit 10 \
       "$PYTHON" -m benchmarks.check --device cuda || failed=1
   done
@@ -79,7 +79,7 @@ ops() {
     limited 120 "$PYTHON" -m benchmarks --device cpu --quick --output "$OUT"
     return
   fi
-  limited 150 "$PYTHON" -m benchmarks --device cuda --seconds 0.15 --output "$OUT"
+  limited 140 "$PYTHON" -m benchmarks --device cuda --seconds 0.1 --output "$OUT"
 }
 
 model() {
@@ -91,11 +91,11 @@ model() {
     return $failed
   fi
   local plain="forward and backward" ours="ours: logits, without u"
-  limited 60 "${statistics[@]}" --network resnet50 --batch-size 64 --seconds 3 --tag _rivals || failed=1
-  limited 30 "${statistics[@]}" --network resnet50 --seconds 2 --methods "$plain" "$ours" || failed=1
-  limited 30 "${statistics[@]}" --network resnet50 --seconds 2 --channels-last --autocast \
+  limited 50 "${statistics[@]}" --network resnet50 --batch-size 64 --seconds 3 --tag _rivals || failed=1
+  limited 20 "${statistics[@]}" --network resnet50 --seconds 2 --methods "$plain" "$ours" || failed=1
+  limited 20 "${statistics[@]}" --network resnet50 --seconds 2 --channels-last --autocast \
     --tag _bfloat16 --methods "$plain" "$ours" || failed=1
-  limited 30 "$PYTHON" -m benchmarks.scaling --device cuda --output "$OUT" || failed=1
+  limited 15 "$PYTHON" -m benchmarks.scaling --device cuda --output "$OUT" || failed=1
   return $failed
 }
 
