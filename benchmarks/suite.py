@@ -24,6 +24,7 @@ from benchmarks.limits import Limits, float32_precision
 from benchmarks.map_similarity import MapSimilarity
 from benchmarks.networks import NETWORKS
 from benchmarks.operation import Operation
+from benchmarks.patch_gram import PatchGram
 from benchmarks.sweep import Effort
 from benchmarks.weighted_gram import WeightedGram
 from benchmarks.weighted_grams import WeightedGrams
@@ -37,6 +38,7 @@ OPERATIONS: dict[str, Operation] = {
         WeightedGram(),
         WeightedGrams(),
         MapSimilarity(),
+        PatchGram(),
     )
 }
 
