@@ -44,7 +44,7 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   const int64_t side = ceil_div(layout.channel.size, kMapTile);
   const int64_t tiles = params.symmetric ? side * (side + 1) / 2 : side * side;
   const int64_t stages = ceil_div(layout.positions * element_size, kMapRowBytes);
-  // Half as many blocks as elsewhere: of these, no more fit on a multiprocessor.
+  // Half as many blocks as elsewhere: fewer of these fit on a multiprocessor.
   const Split split =
       split_work(layout.sample.size, ceil_div(kMapMinimumStages, stages), 1, 2 * tiles);
   const int64_t blocks = tiles * split.count;

@@ -362,7 +362,7 @@ __device__ __forceinline__ void add_similarities(const MapTerms<float>* terms, b
 // Writes partial[block][kMapTile][kMapTile], the sums over the task's samples. Of a diagonal tile,
 // what lies below the diagonal is not written, nor is what lies outside the result.
 template <class Traits>
-__global__ void __launch_bounds__(kMapThreads, sizeof(typename Traits::T) == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kMapThreads, 2)
     map_similarity_tiles(MapSimilarityParams params, MapSimilarityLaunch launch,
                          const MapTerms<float>* x_terms, const MapTerms<float>* y_terms,
                          float* partial) {
