@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ccp_ext.datasets.image_set import AUGMENTATIONS, ImageSet
@@ -28,6 +29,8 @@ from ccp_ext.files import atomic_path, load_tensors
 SCHEDULES = ("cosine", "step")
 CHECKPOINT_FORMAT = "ccp_ext.finetune/1"
 
+# Shares that add up to 1, each with the labels [B] it stands for.
+Blend = tuple[tuple[float, Tensor], ...]
 Validation = ImageSet | Callable[[nn.Module], Evaluation | float]
 
 
@@ -43,6 +46,11 @@ class FinetuneConfig:
     distillation_weight, temperature: with a teacher the loss is (1 - weight) * cross-entropy +
     weight * temperature^2 * KL(teacher || model), both softened by the temperature (Hinton,
     Vinyals and Dean 2015); without one they have no effect.
+    mixup: 0 for none, or alpha: each batch is blended with itself in another order, images and
+    losses by one share drawn from Beta(alpha, alpha) (Zhang et al. 2018); train_accuracy then
+    counts hits of the label with the larger share.
+    ema_decay: 0 for none, or the decay a step of an exponential moving average of weights and
+    buffers, which is what is validated and what the model holds at the end.
     amp: forward pass in bfloat16 autocast. channels_last: memory format of model and images.
 
     Raises InputError naming the option for a value out of range.
@@ -62,6 +70,8 @@ class FinetuneConfig:
     label_smoothing: float = 0.0
     distillation_weight: float = 0.5
     temperature: float = 4.0
+    mixup: float = 0.0
+    ema_decay: float = 0.0
     augment: str | None = None
     seed: int = 0
     channels_last: bool = False
@@ -114,6 +124,8 @@ _ACCEPTED: dict[str, tuple[str, Callable[[FinetuneConfig], bool]]] = {
     "label_smoothing": ("at least 0 and below 1", lambda c: 0 <= c.label_smoothing < 1),
     "distillation_weight": ("between 0 and 1", lambda c: 0 <= c.distillation_weight <= 1),
     "temperature": ("a finite number above 0", lambda c: 0 < c.temperature < math.inf),
+    "mixup": ("a finite number of at least 0", lambda c: 0 <= c.mixup < math.inf),
+    "ema_decay": ("at least 0 and below 1", lambda c: 0 <= c.ema_decay < 1),
     "augment": ("None or crop_flip", lambda c: c.augment in (None, *AUGMENTATIONS)),
     "seed": ("an integer of at least 0", lambda c: _is_integer(c.seed) and c.seed >= 0),
 }
@@ -193,12 +205,14 @@ def finetune(
         for epoch in range(len(history), config.epochs):
             begin = time.perf_counter()
             rate, loss, accuracy = run.train_epoch(epoch)
-            validation = _validate(model, validate, config, device, progress)
+            validation = _validate(run.outcome, validate, config, device, progress)
             seconds = time.perf_counter() - begin
             history.append(EpochRecord(epoch + 1, rate, loss, accuracy, *validation, seconds))
             if checkpoint is not None:
                 _save(checkpoint, identity, run, history)
             write_row(history[-1])
+    if run.outcome is not model:
+        model.load_state_dict(run.outcome.state_dict())
     return history
 
 
@@ -211,6 +225,17 @@ class _Run:
     device: torch.device
     teacher: nn.Module | None
     progress: bool
+
+    def __post_init__(self) -> None:
+        self.average: AveragedModel | None = None
+        if self.config.ema_decay:
+            average = get_ema_multi_avg_fn(self.config.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+
+    @property
+    def outcome(self) -> nn.Module:
+        """What the run has made so far: the averaged model if there is one."""
+        return self.model if self.average is None else self.average.module
 
     def train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Returns (last learning rate, mean loss, accuracy in percent)."""
@@ -252,21 +277,36 @@ class _Run:
         """One update; returns the loss and the number of right answers."""
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        x, blend = self._mixed(x, y)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             logits = self.model(x)
             check_logits(logits, x, self.train_set)
             with torch.no_grad():
                 taught = self.teacher(x) if self.teacher is not None else None
         logits = logits.float()
-        loss = self._loss(logits, y, taught)
+        loss = self._loss(logits, blend, taught)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.item(), int((logits.argmax(dim=1) == y).sum())
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        _, likeliest = max(blend, key=lambda part: part[0])
+        return loss.item(), int((logits.argmax(dim=1) == likeliest).sum())
 
-    def _loss(self, logits: Tensor, y: Tensor, taught: Tensor | None) -> Tensor:
+    def _mixed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Blend]:
+        alpha = self.config.mixup
+        if not alpha:
+            return x, ((1.0, y),)
+        share = float(torch.distributions.Beta(alpha, alpha).sample())
+        order = torch.randperm(len(x)).to(x.device)
+        return torch.lerp(x[order], x, share), ((share, y), (1 - share, y[order]))
+
+    def _loss(self, logits: Tensor, blend: Blend, taught: Tensor | None) -> Tensor:
         config = self.config
-        loss = cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        loss = sum(
+            share * cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+            for share, y in blend
+        )
         if taught is None:
             return loss
         if taught.shape != logits.shape:
@@ -389,6 +429,7 @@ def _save(
         "identity": identity,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "average": None if run.average is None else run.average.state_dict(),
         "history": [dataclasses.asdict(record) for record in history],
     }
     with atomic_path(path) as temporary:
@@ -403,6 +444,8 @@ def _resume(path: str | os.PathLike[str] | None, identity: dict[str, Any], run: 
     _check_same_run(path, content["identity"], identity)
     run.model.load_state_dict(content["model"])
     run.optimizer.load_state_dict(content["optimizer"])
+    if run.average is not None:
+        run.average.load_state_dict(content["average"])
     return [EpochRecord(**record) for record in content["history"]]
 
 

@@ -43,7 +43,11 @@ def network(seed: int = 0, width: int = 6) -> nn.Module:
 
 
 def assert_equal_weights(a: nn.Module, b: nn.Module) -> None:
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+    assert_equal_states(a.state_dict(), b.state_dict())
+
+
+def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for (name, x), y in zip(a.items(), b.values(), strict=True):
         assert torch.equal(x, y), name
 
 
@@ -111,6 +115,51 @@ def test_one_step_is_that_of_sgd_written_out():
     for new, old in zip(model.parameters(), oracle.parameters(), strict=True):
         decay = 0.5 if old.ndim > 1 else 0.0
         torch.testing.assert_close(new.data, old.data - 0.1 * (old.grad + decay * old.data))
+
+
+def test_mixup_blends_images_and_losses_by_one_share():
+    data, model = bright_or_dark(8), network()
+    model[3].p = 0.0
+    oracle, seen = copy.deepcopy(model).train(), []
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    [record] = finetune(model, data, epochs=1, batch_size=8, mixup=1.0, seed=1, progress=False)
+    handle.remove()
+    # Which share and order were drawn shows in the first image, a blend of two of the set.
+    [(x, y)] = data.batches(8, shuffle=True, seed=finetune_module._epoch_seed(1, 0))
+    [mixed] = seen
+    shares = torch.linalg.lstsq(x.flatten(1).double().T, mixed.flatten(1).double().T).solution
+    torch.testing.assert_close(shares.sum(0), torch.ones(8).double())
+    share = shares.diagonal().min()
+    order = (shares - share * torch.eye(8)).argmax(0)
+    assert 0.01 < share < 0.99 and (order != torch.arange(8)).any()
+    torch.testing.assert_close(mixed, (share * x + (1 - share) * x[order]).float())
+    logits = oracle(mixed)
+    expected = share * cross_entropy(logits, y) + (1 - share) * cross_entropy(logits, y[order])
+    assert record.train_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_moving_average_is_validated_and_returned():
+    decay, steps, validated = 0.8, [], []
+
+    def watch(model):
+        validated.append(copy.deepcopy(model.state_dict()))
+        return 50.0
+
+    model = network()
+    model.register_forward_pre_hook(
+        lambda module, inputs: steps.append(copy.deepcopy(module.state_dict()))
+    )
+    finetune(model, bright_or_dark(16), epochs=2, batch_size=4, ema_decay=decay, validate=watch)
+    plain = network()
+    finetune(plain, bright_or_dark(16), epochs=2, batch_size=4)
+    name = "0.weight"
+    weights = [state[name] for state in steps[1:]] + [plain.state_dict()[name]]
+    average = weights[0]
+    for weight in weights[1:]:
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(model.state_dict()[name], average)
+    assert not torch.allclose(average, weights[-1])
+    assert_equal_states(model.state_dict(), validated[-1])
 
 
 def test_norm_and_bias_decay_only_on_demand():
@@ -193,7 +242,7 @@ def test_the_distillation_loss_is_the_formula():
     run = finetune_module._Run(None, None, None, config, None, None, False)
     q, p = (own.double() / 3).softmax(1), (taught.double() / 3).softmax(1)
     expected = 0.7 * cross_entropy(own, y) + 0.3 * 9 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(run._loss(own, y, taught), expected.float())
+    torch.testing.assert_close(run._loss(own, ((1.0, y),), taught), expected.float())
 
 
 def test_a_teacher_of_other_classes_is_refused():
@@ -231,6 +280,8 @@ def test_the_model_cannot_teach_itself():
         ("label_smoothing", 1.0),
         ("distillation_weight", 1.5),
         ("temperature", 0.0),
+        ("mixup", -0.1),
+        ("ema_decay", 1.0),
         ("augment", "cutout"),
         ("seed", -1),
     ],
@@ -284,17 +335,21 @@ def test_a_file_in_a_folder_that_does_not_exist_is_refused_at_once(tmp_path, opt
 # Checkpoints
 
 
+@pytest.mark.parametrize("extras", [{}, {"mixup": 0.4, "ema_decay": 0.9}])
 @pytest.mark.parametrize("stopped_after", [1, 3])
 @pytest.mark.parametrize("exception", [Stop, KeyboardInterrupt])
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, stopped_after, exception):
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
+    tmp_path, stopped_after, exception, extras
+):
+    settings = {**SETTINGS, **extras}
     data, checkpoint, log = bright_or_dark(), tmp_path / "run.pt", tmp_path / "run.csv"
     unbroken = network()
-    expected = finetune(unbroken, data, **SETTINGS, validate=fifty, progress=False)
+    expected = finetune(unbroken, data, **settings, validate=fifty, progress=False)
     with pytest.raises(exception):
         finetune(
             network(),
             data,
-            **SETTINGS,
+            **settings,
             validate=stop_after(stopped_after, exception),
             checkpoint=checkpoint,
             log=log,
@@ -305,7 +360,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, stopped_after
     history = finetune(
         resumed,
         data,
-        **SETTINGS,
+        **settings,
         validate=fifty,
         checkpoint=checkpoint,
         log=log,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from ccp_ext.datasets.image_set import ImageSet
     from ccp_ext.graph import ChannelGraph
-    from ccp_ext.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Options:
         site, curvature, rows, temperature: see :func:`ccp_ext.collect`.
         first_order: use the linear term u as well as S.
         diagonal: drop the interactions between channels.
+        normalise: divide the scores of a group by what one of its channels costs: "memory",
+            "macs" or "none" (group-fisher).
+        greedy: choose as the publication does instead of by the solver (qsfm).
+        ridge: added to the Gram matrices, in units of their mean diagonal (osscar, refit,
+            gate-refit).
         seed: of what the criterion draws at random.
     """
 
@@ -33,27 +38,60 @@ class Options:
     temperature: float | None = None
     first_order: bool | None = None
     diagonal: bool = False
+    normalise: str | None = None
+    greedy: bool = False
+    ridge: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None and not self.ridge >= 0:
+            raise InputError(f"ridge must be a number of 0 or more, got {self.ridge!r}")
+
+
+class Observation(Protocol):
+    """What a criterion sees of the images; see :func:`ccp_ext.criteria.gathering.gather`."""
+
+    def prepare(self, images: ImageSet, *, batch_size: int, progress: bool) -> None:
+        """Called once, before the pass."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Called for each batch of images [N, C, H, W] and labels int64 [N], inside ``with``."""
 
 
 class Criterion:
-    """Base class: a name, where it was published, one line about it, and its costs."""
+    """Base class: a name, where it was published, one line about it, and its costs.
+
+    Attributes:
+        note: what the published description leaves open, and what was chosen here.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
     summary: ClassVar[str]
+    note: ClassVar[str] = ""
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
 
     def statistics(self) -> dict[str, Any] | None:
-        """Keyword arguments for :func:`ccp_ext.collect`, or None if no data is needed."""
+        """Keyword arguments for :func:`ccp_ext.collect`, or None if it is not needed."""
         return None
 
-    def costs(
-        self, model: nn.Module, graph: ChannelGraph, stats: Statistics | None
-    ) -> Mapping[str, Cost]:
-        """The cost of removing channels, for every group of the graph by name."""
+    def observation(self, model: nn.Module, graph: ChannelGraph) -> Observation | None:
+        """What else to see of the images, or None; not both this and ``statistics``."""
+        return None
+
+    def costs(self, model: nn.Module, graph: ChannelGraph, data: Any) -> Mapping[str, Cost]:
+        """The cost of removing channels, for every group of the graph by name.
+
+        Args:
+            data: what :func:`ccp_ext.criteria.gathering.gather` returned: the statistics, the
+                observation after its pass, or None.
+        """
         raise TypeError(f"criterion {self.name!r} does not define its costs")
 
 

@@ -30,8 +30,8 @@ class _SecondOrder(Criterion):
             "seed": options.seed,
         }
 
-    def costs(self, model, graph, stats) -> dict[str, Cost]:
-        costs = stats.costs(self._uses_first_order())
+    def costs(self, model, graph, data) -> dict[str, Cost]:
+        costs = data.costs(self._uses_first_order())
         if self.options.diagonal:
             return {name: cost.diagonal() for name, cost in costs.items()}
         return costs

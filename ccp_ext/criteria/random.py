@@ -14,6 +14,6 @@ class Random(Criterion):
     source = "control"
     summary = "channels drawn at random by the seed"
 
-    def costs(self, model, graph, stats) -> dict[str, Cost]:
+    def costs(self, model, graph, data) -> dict[str, Cost]:
         generator = torch.Generator().manual_seed(self.options.seed)
         return {g.name: Cost(u=torch.rand(g.channels, generator=generator)) for g in graph.groups}

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "conjugate.h"
 #include "problem.h"
 
 namespace py = pybind11;
@@ -123,6 +124,31 @@ Bools random_subset(Index size, Index r, std::uint64_t seed) {
   return to_array(solver::random_subset(size, r, seed));
 }
 
+std::vector<double> to_vector(const Doubles& array) {
+  if (array.ndim() != 1) throw std::invalid_argument("expected a vector");
+  return {array.data(), array.data() + array.shape(0)};
+}
+
+Doubles conjugate(const Doubles& values, const Doubles& points, const Doubles& offset,
+                  const Doubles& step) {
+  const auto x = to_vector(points), t0 = to_vector(offset), t1 = to_vector(step);
+  const auto size = static_cast<py::ssize_t>(x.size()), rows = static_cast<py::ssize_t>(t0.size());
+  if (values.ndim() != 2 || size == 0 || values.shape(1) != size || values.shape(0) == 0 ||
+      rows % values.shape(0) != 0) {
+    throw std::invalid_argument("expected values [r, n], points [n], offset [m r] and step [k]");
+  }
+  if (!std::is_sorted(x.begin(), x.end(), std::less_equal<>()) ||
+      !std::is_sorted(t1.begin(), t1.end())) {
+    throw std::invalid_argument("expected increasing points and a step that does not decrease");
+  }
+  Doubles result({rows, static_cast<py::ssize_t>(t1.size())});
+  double* const out = result.mutable_data();
+  const Index repeat = rows / values.shape(0);
+  py::gil_scoped_release unlock;
+  solver::conjugate(values.data(), x, repeat, t0, t1, out);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_solver, module) {
@@ -138,5 +164,8 @@ PYBIND11_MODULE(_solver, module) {
   module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
              py::arg("gap"), py::arg("seed"), "(mask, lower bound, complete, tolerance, nodes)");
+  module.def("conjugate", &conjugate, py::arg("values"), py::arg("points"), py::arg("offset"),
+             py::arg("step"),
+             "[m r, k] of min_j values[i // m, j] + (offset[i] + step[k]) * points[j]");
   module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
 }
