@@ -13,23 +13,32 @@ to one group at a time.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ccp_ext.allocation import allocate
 from ccp_ext.errors import InputError
 
 if TYPE_CHECKING:
     from ccp_ext.statistics import Statistics
 
+# Budgets of :func:`ccp_ext.allocation.allocate` that can be shared out among groups.
+RESOURCES = ("macs", "params", "activations", "latency")
+
 # Moves that gain less than this many roundings of the largest terms are none.
 _ROUNDINGS = 64
 
+
+_POWER_ITERATIONS = 30
+_BISECTIONS = 60
 
 # What a channel is taken to use that uses nothing, so that the rates stay finite.
 _LEAST_USE = 1e-9
@@ -177,12 +186,131 @@ def refine(
     )
 
 
+def lower_bound(
+    graph: _Graph,
+    cost: JointCost,
+    near: Mapping[str, Tensor],
+    *,
+    iterations: int = 500,
+    **budget: Any,
+) -> float:
+    """A value that no choice of channels within the budget costs less than, up to rounding.
+
+    The cost is convex, so for every x in [0, 1]^C and every mask m
+
+        cost(m) >= cost(x) + grad(x)'(m - x) = -||Qx||^2 / (2N) + grad(x)'m,
+
+    a sum over the groups of linear costs, which :func:`ccp_ext.allocation.allocate` bounds from
+    below over all masks within the budget (M. Frank and P. Wolfe, 1956). Any x is valid; a good one
+    is the minimum over the box at the budget's marginal prices at ``near``, approached by
+    accelerated projected gradients (A. Beck and M. Teboulle, 2009).
+
+    Args:
+        graph, cost: as for :func:`refine`; the graph with ``resource(kind)`` as from
+            :func:`ccp_ext.trace`.
+        near: masks {group: bool [C_g]} within the budget, such as :attr:`Refinement.removed`.
+        iterations: of the search for x.
+        budget: the budget and the rules on the counts, as keywords of ``allocate``, such as
+            ``macs=0.5``.
+
+    Raises:
+        InputError: as :func:`refine` and ``allocate``.
+    """
+    _check(graph, cost, near)
+    problem = _Problem(cost, [group.name for group in graph.groups])
+    kind = next((name for name in RESOURCES if budget.get(name) is not None), None)
+    if kind is None:
+        raise InputError(f"lower_bound: give a budget of {', '.join(RESOURCES)}")
+    table = budget.get("latency_table")
+    resource = graph.resource(kind) if table is None else table.resource(graph)
+    mask = torch.cat([near[name].cpu() for name in problem.names]).to(problem.u.device)
+    x = _relaxed_minimum(problem, mask, _prices(problem, resource, near), iterations)
+    product = x @ problem.columns.double()
+    curves = {
+        name: _LinearCurve.of(part)
+        for name, part in zip(
+            problem.names, problem.gradient(product).split(problem.widths), strict=True
+        )
+    }
+    linear = allocate(graph, curves=curves, **budget).lower_bound
+    return linear - 0.5 * product.square().sum().item() / problem.count
+
+
+@dataclass(frozen=True)
+class _LinearCurve:
+    """The least sum of r of the given values, for every r but all of them."""
+
+    counts: range
+    objective: np.ndarray
+    lower_bound: np.ndarray
+
+    @classmethod
+    def of(cls, values: Tensor) -> _LinearCurve:
+        sums = torch.cumsum(torch.sort(values).values, 0)[:-1].cpu().numpy()
+        sums = np.concatenate([np.zeros(1), sums])
+        return cls(range(len(sums)), sums, sums)
+
+
+def _prices(problem: _Problem, resource: Any, near: Mapping[str, Tensor]) -> Tensor:
+    """By channel what its group's last kept channel uses [C], float64."""
+    keep = {name: int((~near[name]).sum()) for name in problem.names}
+    used = resource(keep)
+    prices = []
+    for name, width in zip(problem.names, problem.widths, strict=True):
+        step = 1 if keep[name] < width else -1
+        price = abs(float(resource({**keep, name: keep[name] + step}) - used))
+        prices += [price] * width
+    return torch.tensor(prices, dtype=torch.float64, device=problem.u.device)
+
+
+def _relaxed_minimum(problem: _Problem, mask: Tensor, prices: Tensor, iterations: int) -> Tensor:
+    """Nearly the least cost over [0, 1]^C among x that save as much as ``mask`` at the prices."""
+    columns = problem.columns.double()
+    x = mask.double()
+    target = prices @ x
+    # The trace over the largest eigenvalue can be large, so that power iteration pays.
+    direction = torch.ones_like(x)
+    for _ in range(_POWER_ITERATIONS):
+        direction = columns @ (direction @ columns) / problem.count
+        largest = direction.norm()
+        direction = direction / largest.clamp_min(torch.finfo(torch.float64).tiny)
+    step = 1 / (1.1 * largest).clamp_min(torch.finfo(torch.float64).tiny)
+    ahead, momentum = x, 1.0
+    for _ in range(iterations):
+        gradient = columns @ (ahead @ columns) / problem.count - problem.u
+        new = _project(ahead - step * gradient, prices, target)
+        if (ahead - new) @ (new - x) > 0:  # uphill: begin anew (O'Donoghue and Candes, 2015)
+            momentum = 1.0
+        following = 0.5 * (1 + math.sqrt(1 + 4 * momentum**2))
+        ahead = new + (momentum - 1) / following * (new - x)
+        x, momentum = new, following
+    return x
+
+
+def _project(x: Tensor, prices: Tensor, target: Tensor) -> Tensor:
+    """The nearest point of the box that saves ``target`` at the prices, or more."""
+    low = x.new_zeros(())
+    inside = x.clamp(0, 1)
+    if prices @ inside >= target:
+        return inside
+    # With this multiplier every channel that has a price is wholly removed.
+    high = ((1 - x) / prices.clamp_min(_LEAST_USE)).max().clamp_min(0)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        saved = prices @ (x + middle * prices).clamp(0, 1)
+        low, high = (
+            torch.where(saved < target, middle, low),
+            torch.where(saved < target, high, middle),
+        )
+    return (x + high * prices).clamp(0, 1)
+
+
 class _Problem:
     """The cost over all channels in one numbering, group after group.
 
     Attributes:
         columns: Q' [C, M], contiguous.
-        spans: the channels of each group.
+        widths, spans: how many channels each group has, and which.
         group: of each channel its group's position [C].
         u, diagonal: linear term and diagonal of F [C], float64.
         tolerance: gains up to this size are rounding.
@@ -196,10 +324,11 @@ class _Problem:
             # With Q = UR, U'U = I, R has fewer rows, and R'R = Q'Q.
             self.columns = torch.linalg.qr(self.columns.double().T, mode="r").R.T.contiguous()
         device = self.columns.device
-        widths = torch.tensor([cost.rows[name].shape[1] for name in names])
-        ends = widths.cumsum(0).tolist()
-        self.spans = [slice(e - w, e) for e, w in zip(ends, widths.tolist(), strict=True)]
-        self.group = torch.repeat_interleave(torch.arange(len(names)), widths).to(device)
+        self.widths = [cost.rows[name].shape[1] for name in names]
+        ends = list(itertools.accumulate(self.widths))
+        self.spans = [slice(e - w, e) for e, w in zip(ends, self.widths, strict=True)]
+        self.group = torch.arange(len(names)).repeat_interleave(torch.tensor(self.widths))
+        self.group = self.group.to(device)
         self.u = torch.zeros(ends[-1], dtype=torch.float64, device=device)
         if cost.u is not None:
             self.u = torch.cat([cost.u[name].to(device, torch.float64) for name in names])
