@@ -166,7 +166,7 @@ def least_cost(cost: JointCost, budget: int) -> float:
 
 def test_the_descent_gains_most_of_what_there_is_to_gain_and_the_bound_holds():
     gained, possible, left = 0.0, 0.0, 0.0
-    for seed in range(10):
+    for seed in range(5):
         cost, start = random_cost(seed), random_masks(seed)
         budget = bilinear(keep_counts(joined(start)))
         least = least_cost(cost, budget)
@@ -174,7 +174,7 @@ def test_the_descent_gains_most_of_what_there_is_to_gain_and_the_bound_holds():
         assert result.objective >= least - 1e-10
         gained += result.start - result.objective
         possible += result.start - least
-        bound = joint.lower_bound(GRAPH, cost, result.removed, macs=budget)
+        bound = joint.lower_bound(GRAPH, cost, result.removed, iterations=100, macs=budget)
         assert bound <= least + 1e-10
         left += least - bound
     assert gained > 0.9 * possible
