@@ -1,4 +1,4 @@
-"""The command line: ``ccp info | criteria | prune | compare | report | evaluate | demo``."""
+"""The command line: ``ccp`` with the commands that ``ccp --help`` lists."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def _criteria(options: argparse.Namespace) -> None:
 
     for name in criteria.names():
         criterion = criteria.get(name)
-        print(f"{name:12} {criterion.summary}\n{'':12} source: {criterion.source}")
+        lines = [criterion.summary, f"source: {criterion.source}"]
+        if criterion.note:
+            lines.append(f"note: {criterion.note}")
+        print(f"{name:16}" + f"\n{'':16}".join(lines))
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -97,12 +100,16 @@ def _prune(options: argparse.Namespace) -> None:
             temperature=options.temperature,
             first_order=options.first_order,
             diagonal=options.diagonal,
+            normalise=options.normalise,
+            greedy=options.greedy,
+            ridge=options.ridge,
             seed=options.seed,
         ),
         scope=options.scope,
         images=options.images,
         batch_size=options.batch_size,
-        reestimate_images=options.reestimate_images,
+        repair=options.repair,
+        repair_images=options.repair_images,
         finetune=schedule,
         seed=options.seed,
     )
@@ -166,7 +173,7 @@ def _compare(options: argparse.Namespace) -> None:
         scope=options.scope,
         images=options.images,
         batch_size=options.batch_size,
-        reestimate_images=options.reestimate_images,
+        repair_images=options.repair_images,
         finetune=schedule,
     )
     devices = [_device(name) for name in options.device.split(",")]
@@ -180,6 +187,21 @@ def _report(options: argparse.Namespace) -> None:
     from ccp_ext import page
 
     print(page.write(options.folder, options.output))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    checkout = str(Path(__file__).resolve().parent.parent)
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)
+    try:
+        from benchmarks import suite
+    except ImportError as error:
+        raise InputError(
+            f"the benchmarks are not part of an installation ({error}); run it from a checkout"
+        ) from error
+    suite.main(options.arguments)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -216,8 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, run, summary, after_interrupt=""):
-        added = commands.add_parser(name, help=summary, description=summary)
+    def command(name, run, summary, after_interrupt="", **options):
+        added = commands.add_parser(name, help=summary, description=summary, **options)
         added.set_defaults(run=run, after_interrupt=after_interrupt)
         return added
 
@@ -284,15 +306,26 @@ def _parser() -> argparse.ArgumentParser:
         "--first-order", action=argparse.BooleanOptionalAction, help="use the linear term u"
     )
     choice.add_argument("--diagonal", action="store_true", help="drop the pairwise terms")
+    choice.add_argument(
+        "--normalise",
+        choices=("memory", "macs", "none"),
+        help="divide scores by this (group-fisher)",
+    )
+    choice.add_argument(
+        "--greedy", action="store_true", help="choose as published, not by the solver (qsfm)"
+    )
+    choice.add_argument("--ridge", type=float, help="of the refits that a criterion foresees")
     choice.add_argument("--images", type=int, default=10_000, help="images for the statistics")
     choice.add_argument("--seed", type=int, default=0)
 
     repair = prune.add_argument_group("repair")
     repair.add_argument(
-        "--reestimate-images",
-        type=int,
-        default=10_000,
-        help="training images for the BatchNorm re-estimation (0: none)",
+        "--repair",
+        default="batchnorm",
+        help="none, or steps of fold, refit, batchnorm joined by + (default batchnorm)",
+    )
+    repair.add_argument(
+        "--repair-images", type=int, default=10_000, help="training images for the repair"
     )
     repair.add_argument("--epochs", type=int, default=0, help="of fine-tuning (default none)")
     repair.add_argument("--learning-rate", type=float, default=0.01)
@@ -359,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
         "none,batchnorm,refit+batchnorm (default batchnorm)",
     )
     compare.add_argument(
-        "--reestimate-images", type=int, default=10_000, help="training images for the repair"
+        "--repair-images", type=int, default=10_000, help="training images for the repair"
     )
     compare.add_argument("--epochs", type=int, default=0, help="of the step finetune")
     compare.add_argument("--learning-rate", type=float, default=0.01)
@@ -368,6 +401,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "one HTML page of a folder of `ccp prune` or `ccp compare`")
     report.add_argument("folder", help="the --output of the run")
     report.add_argument("--output", help="file to write (default report.html in the folder)")
+
+    # Its options are the benchmarks' own, so here they are words like others.
+    bench = command(
+        "bench",
+        _bench,
+        "time every operator beside its rivals (in a checkout)",
+        add_help=False,
+        prefix_chars="+",
+    )
+    bench.add_argument("arguments", nargs="*", help="as of `python -m benchmarks`")
 
     demo = command("demo", _demo, "train, prune and fine-tune a small ResNet on digits")
     demo.add_argument("--output", default="demo_output", help="folder for the slim model")

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ccp_ext import allocation, criteria, files, measure, surgery
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext import allocation, criteria, files, measure, repair, surgery
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
@@ -39,8 +38,7 @@ from ccp_ext.planning import ALLOCATIONS, make_plan
 from ccp_ext.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
 
 CONTROL = "random"
-NO_REPAIR = "none"
-STEPS = ("fold", "refit", "batchnorm", "finetune")
+FINETUNE = "finetune"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class CompareSettings:
         allocation: "uniform" or "optimal", for all arms that do not bring their own; see
             :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
-        images, reestimate_images: training images for the statistics and for the repair.
+        images, repair_images: training images for the statistics and for the repair.
         finetune: the schedule of the step "finetune"; its seed is the row's.
 
     Raises:
@@ -128,7 +126,7 @@ class CompareSettings:
     scope: str = "inner"
     images: int = 10_000
     batch_size: int = 128
-    reestimate_images: int = 10_000
+    repair_images: int = 10_000
     finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
@@ -143,15 +141,15 @@ class CompareSettings:
         for option in ("seeds", "repair"):
             if not getattr(self, option):
                 raise InputError(f"{option} must hold one value or more")
-        for option in ("images", "batch_size", "reestimate_images"):
+        for option in ("images", "batch_size", "repair_images"):
             if getattr(self, option) < 1:
                 raise InputError(f"{option} must be at least 1, got {getattr(self, option)}")
         if min(self.seeds) < 0:
             raise InputError(f"seeds must be at least 0, got {min(self.seeds)}")
         _check_allocation(self.allocation)
         self.arms()
-        for repair in self.repair:
-            self._check_repair(repair)
+        for text in self.repair:
+            self._check_repair(text)
 
     def arms(self) -> list[Arm]:
         return [Arm.parse(text) for text in self.criteria]
@@ -160,16 +158,9 @@ class CompareSettings:
         """(kind, value) of every budget."""
         return [(kind, value) for kind in ("macs", "params") for value in getattr(self, kind)]
 
-    def _check_repair(self, repair: str) -> None:
-        steps = repair_steps(repair)
-        in_order = [step for step in STEPS if step in steps]
-        if steps != in_order:
-            raise InputError(
-                f"repair must be {NO_REPAIR}, or steps of {', '.join(STEPS)} in this order joined "
-                f"by +; got {repair!r}"
-            )
-        if "finetune" in steps and self.finetune is None:
-            raise InputError(f"repair {repair!r} needs a schedule of fine-tuning (epochs)")
+    def _check_repair(self, text: str) -> None:
+        if FINETUNE in repair_steps(text) and self.finetune is None:
+            raise InputError(f"repair {text!r} needs a schedule of fine-tuning (epochs)")
 
 
 def _check_allocation(name: Any) -> None:
@@ -177,8 +168,8 @@ def _check_allocation(name: Any) -> None:
         raise InputError(f"allocation must be one of {', '.join(ALLOCATIONS)}; got {name!r}")
 
 
-def repair_steps(repair: str) -> list[str]:
-    return [] if repair == NO_REPAIR else repair.split("+")
+def repair_steps(text: str) -> tuple[str, ...]:
+    return repair.parse(text, [FINETUNE])
 
 
 @dataclass(frozen=True)
@@ -271,11 +262,11 @@ def _check(settings: CompareSettings, inputs: Inputs) -> None:
 def _jobs(settings: CompareSettings) -> list[Job]:
     """All rows, those that share statistics together."""
     return [
-        Job(arm.label, kind, value, repair, seed)
+        Job(arm.label, kind, value, steps, seed)
         for seed in settings.seeds
         for arm in _sharing_together(settings.arms(), seed)
         for kind, value in settings.budgets()
-        for repair in settings.repair
+        for steps in settings.repair
     ]
 
 
@@ -365,24 +356,23 @@ class _Bench:
         return self._last[what][1:]
 
     def _repair(self, slim: nn.Module, job: Job) -> measure.Resources:
-        images = sample(self.inputs.train, self.settings.reestimate_images, job.seed + 1)
+        images = sample(self.inputs.train, self.settings.repair_images, job.seed + 1)
         total = measure.Resources(0.0, 0.0)
         for step in repair_steps(job.repair):
-            if step == "finetune":
+            if step == FINETUNE:
                 used = self._finetune(slim, job)
             else:
                 with measure.resources(self.device) as used:
-                    self._compensate(step, slim, images)
+                    repair.apply(
+                        step,
+                        self.inputs.model,
+                        slim,
+                        images,
+                        batch_size=self.settings.batch_size,
+                        progress=self.progress,
+                    )
             total = total.then(used)
         return total
-
-    def _compensate(self, step: str, slim: nn.Module, images: ImageSet) -> None:
-        size, progress = self.settings.batch_size, self.progress
-        if step == "batchnorm":
-            reestimate_batchnorm(slim, images.batches(size), progress=progress)
-        else:
-            solve = fold_means if step == "fold" else refit
-            solve(self.inputs.model, slim, images, batch_size=size, progress=progress)
 
     def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
         checkpoint = (self.folder.path / job.file).with_suffix(".pt")

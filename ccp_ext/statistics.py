@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ccp_ext import ops
 from ccp_ext.cost import Cost
 from ccp_ext.curvature import BackwardPass, BatchObjective, Curvature, check_choice
+from ccp_ext.eager import eager
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
 from ccp_ext.observation import Observer
@@ -471,7 +472,8 @@ def collect(
     statistics are float32 (float64 for a float64 model) whatever the activations are.
 
     Args:
-        model: the network; the same object (or one with the same module paths) as was traced.
+        model: the network; the same object (or one with the same module paths) as was traced, or
+            what ``torch.compile`` made of it.
         graph: a :class:`ccp_ext.graph.ChannelGraph`, or a mapping from any name to the modules
             (paths or :class:`ccp_ext.graph.Tap`) whose output channels live and die together;
             their derivatives add up before the product.
@@ -515,6 +517,7 @@ def collect(
         )
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise InputError(f"collect: seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    model = eager(model)
     taps = _resolve_taps(graph, site)
     if not taps:
         raise InputError("collect: the graph has no groups, so there is nothing to observe")

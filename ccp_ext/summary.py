@@ -127,7 +127,7 @@ def explanation(result: Mapping[str, Any]) -> str:
     memory = "; ".join(dict.fromkeys(row["memory"] for row in result["rows"]))
     return (
         f"{settings['model']}: {settings['images']:,} training images for the statistics, "
-        f"{settings['reestimate_images']:,} for the re-estimation, {seeds} "
+        f"{settings['repair_images']:,} for the re-estimation, {seeds} "
         f"seed{'s' if seeds > 1 else ''} (mean ± standard deviation). The unpruned model has "
         f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
         f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "

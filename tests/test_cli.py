@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 import ccp_ext
-from ccp_ext import cli, models, pipeline
+from ccp_ext import cli, criteria, models, pipeline
+from ccp_ext.criteria import gathering
 
 
 def prune_command(inputs, output, **changes):
@@ -20,7 +21,7 @@ def prune_command(inputs, output, **changes):
         "data": inputs / "data.npz",
         "macs": 0.5,
         "images": 64,
-        "reestimate-images": 64,
+        "repair-images": 64,
         "batch-size": 32,
         "output": output,
         **changes,
@@ -91,15 +92,15 @@ def test_an_interrupted_run_goes_on_to_the_same_model(
 ):
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        patch.setattr(gathering, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         if stage == "statistics":
-            original = pipeline._save_statistics
+            original = gathering._save
 
             def interrupted(stats, checkpoint, batches):
                 original(stats, checkpoint, batches)
                 raise KeyboardInterrupt
 
-            patch.setattr(pipeline, "_save_statistics", interrupted)
+            patch.setattr(gathering, "_save", interrupted)
         else:
             record = pipeline._Recorder.record
 
@@ -267,7 +268,7 @@ def test_interrupted_rounds_go_on_to_the_same_model(
 ):
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        record, save = pipeline._Recorder.record, pipeline._save_statistics
+        record, save = pipeline._Recorder.record, gathering._save
 
         def stopped_record(self, name, model):
             if name == stage:
@@ -280,7 +281,7 @@ def test_interrupted_rounds_go_on_to_the_same_model(
                 raise KeyboardInterrupt
 
         patch.setattr(pipeline._Recorder, "record", stopped_record)
-        patch.setattr(pipeline, "_save_statistics", stopped_save)
+        patch.setattr(gathering, "_save", stopped_save)
         assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 130
     assert not (broken / "report.json").exists()
     assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 0
@@ -372,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_statistics(inputs, monkeypatch):
     model.linear.bias.data[0] = float("inf")
     graph = ccp_ext.trace(model, train.normalise(train.images[:1])).inner
     with pytest.raises(ccp_ext.InputError, match="statistics: the loss is nan"):
-        pipeline.gather(model, graph, ccp_ext.criteria.get("ccp-paper"), train, progress=False)
+        criteria.gather(model, graph, criteria.get("ccp-paper"), train, progress=False)
 
 
 def test_info_and_criteria(capsys):

@@ -28,7 +28,7 @@ def settings(inputs, **changes) -> CompareSettings:
         "seeds": (0, 1),
         "images": 48,
         "batch_size": 32,
-        "reestimate_images": 48,
+        "repair_images": 48,
         **changes,
     }
     return CompareSettings(
@@ -70,7 +70,7 @@ def test_each_row_is_the_model_that_ccp_prune_makes_with_its_seed(inputs, whole,
             options=criteria.Options(seed=1),
             images=48,
             batch_size=32,
-            reestimate_images=48,
+            repair_images=48,
             seed=1,
         )
         folder = tmp_path / criterion
@@ -284,7 +284,7 @@ def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys)
         *("--macs", "0.7,0.5"),
         *("--seeds", "0,1"),
         *("--repair", "none,refit+batchnorm"),
-        *("--images", 48, "--reestimate-images", 48),
+        *("--images", 48, "--repair-images", 48),
         *("--output", output),
         *("--device", "cpu"),
     ]

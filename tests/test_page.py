@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br", "circle", "line", "polyline", "polygon", "path"}
 def command(name, inputs, output, *options):
     paths = ("--weights", inputs / "weights.th", "--data", inputs / "data.npz", "--output", output)
     words = (name, "--quiet", "--model", "resnet8", *paths, "--images", 48, *options)
-    return [str(word) for word in (*words, "--reestimate-images", 48, "--device", "cpu")]
+    return [str(word) for word in (*words, "--repair-images", 48, "--device", "cpu")]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ccp_ext import collect
+import ccp_ext
+from ccp_ext import collect, models
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
 
@@ -366,6 +367,24 @@ def test_activation_checkpointing_changes_nothing(use_reentrant):
     a = (z * torch.autograd.grad(loss, z)[0]).sum((2, 3)).detach()
     assert stats.count == 2 * len(x)
     assert relative_error(stats.S, a.T @ a / len(x)) < 1e-12
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_compiled_model_gives_the_same(compiled_before):
+    model, x, y = models.create("resnet8").eval(), torch.randn(4, 3, 32, 32), torch.arange(4)
+    compiled = torch.compile(model, backend="eager")
+    if compiled_before:
+        compiled(x)
+    graph = ccp_ext.trace(compiled, x[:1]).inner
+    found = []
+    for called in (model, compiled):
+        with ccp_ext.collect(called, graph) as stats:
+            stats.backward(called(x), y)
+        found.append(stats)
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name].S, found[0][name].S)
+    slim = ccp_ext.prune(compiled, ccp_ext.make_plan(graph, found[1], macs=0.5))
+    assert slim is model and torch.equal(compiled(x), model(x))
 
 
 def test_autocast_keeps_float32_statistics():
