@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ccp_ext import files, summary, svg
-from ccp_ext.criteria.similarity import map_similarity
 from ccp_ext.errors import InputError
+from ccp_ext.ops import map_similarity
 from ccp_ext.plan import PruningPlan
 from ccp_ext.report import cell
 from ccp_ext.snapshot import Snapshot
