@@ -66,18 +66,8 @@ def _criteria(options: argparse.Namespace) -> None:
 
 def _prune(options: argparse.Namespace) -> None:
     from ccp_ext import criteria, pipeline
-    from ccp_ext.finetune import FinetuneConfig
     from ccp_ext.report import table
 
-    schedule = None
-    if options.epochs:
-        schedule = FinetuneConfig(
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            augment=options.augment,
-            seed=options.seed,
-        )
     settings = pipeline.PruneSettings(
         model=options.model,
         weights=options.weights,
@@ -110,13 +100,24 @@ def _prune(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         repair=options.repair,
         repair_images=options.repair_images,
-        finetune=schedule,
+        finetune=_schedule(options, seed=options.seed),
+        distil=options.distil,
+        auxiliary_heads=options.auxiliary_heads,
         seed=options.seed,
     )
     report = pipeline.run(
         settings, options.output, device=_device(options.device), progress=_progress(options)
     )
     print(table(report["stages"]))
+
+
+def _schedule(options: argparse.Namespace, **settings: Any) -> Any:
+    """The FinetuneConfig of the options, or None without epochs."""
+    from ccp_ext.finetune import FinetuneConfig
+
+    if not options.epochs:
+        return None
+    return FinetuneConfig(**{name: getattr(options, name) for name in _SCHEDULE}, **settings)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -148,17 +149,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from ccp_ext import compare, page, summary
-    from ccp_ext.finetune import FinetuneConfig
     from ccp_ext.report import table
 
-    schedule = None
-    if options.epochs:
-        schedule = FinetuneConfig(
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            augment=options.augment,
-        )
     settings = compare.CompareSettings(
         model=options.model,
         weights=options.weights,
@@ -174,7 +166,7 @@ def _compare(options: argparse.Namespace) -> None:
         images=options.images,
         batch_size=options.batch_size,
         repair_images=options.repair_images,
-        finetune=schedule,
+        finetune=_schedule(options),
     )
     devices = [_device(name) for name in options.device.split(",")]
     result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
@@ -327,9 +319,13 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument(
         "--repair-images", type=int, default=10_000, help="training images for the repair"
     )
-    repair.add_argument("--epochs", type=int, default=0, help="of fine-tuning (default none)")
-    repair.add_argument("--learning-rate", type=float, default=0.01)
-    repair.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+    tuning = _add_schedule(prune)
+    tuning.add_argument(
+        "--distil", action="store_true", help="learn from the unpruned model's outputs as well"
+    )
+    tuning.add_argument(
+        "--auxiliary-heads", type=int, default=0, help="classifiers inside the network (CCP-AC: 3)"
+    )
 
     evaluate = command("evaluate", _evaluate, "accuracy, loss and size of a plain or slim model")
     _add_input(evaluate)
@@ -394,9 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--repair-images", type=int, default=10_000, help="training images for the repair"
     )
-    compare.add_argument("--epochs", type=int, default=0, help="of the step finetune")
-    compare.add_argument("--learning-rate", type=float, default=0.01)
-    compare.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+    _add_schedule(compare)
 
     report = command("report", _report, "one HTML page of a folder of `ccp prune` or `ccp compare`")
     report.add_argument("folder", help="the --output of the run")
@@ -416,6 +410,41 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo_output", help="folder for the slim model")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+# Options of FinetuneConfig that the command line offers.
+_SCHEDULE = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "warmup_epochs",
+    "weight_decay",
+    "label_smoothing",
+    "mixup",
+    "ema_decay",
+    "augment",
+    "channels_last",
+    "amp",
+)
+
+
+def _add_schedule(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    tuning = command.add_argument_group("fine-tuning")
+    tuning.add_argument("--epochs", type=int, default=0, help="default none")
+    tuning.add_argument("--learning-rate", type=float, default=0.01, help="its peak (default 0.01)")
+    tuning.add_argument("--schedule", choices=("cosine", "step"), default="cosine")
+    tuning.add_argument("--warmup-epochs", type=float, default=0.0)
+    tuning.add_argument("--weight-decay", type=float, default=1e-4)
+    tuning.add_argument("--label-smoothing", type=float, default=0.0)
+    tuning.add_argument("--mixup", type=float, default=0.0, help="alpha (default 0: none)")
+    tuning.add_argument(
+        "--ema-decay", type=float, default=0.0, help="moving average of the weights, by step"
+    )
+    tuning.add_argument("--augment", choices=("crop_flip",), help="of the images")
+    tuning.add_argument("--channels-last", action="store_true", help="memory format")
+    tuning.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    return tuning
 
 
 def _add_input(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ccp_ext import criteria, datasets, files, measure, repair, snapshot, surgery
+from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
@@ -56,6 +57,8 @@ class PruneSettings:
         repair: "none", or steps of :mod:`ccp_ext.repair` joined by "+", taken in every round.
         repair_images: training images for the repair.
         finetune: the schedule, or None for no fine-tuning.
+        distil: fine-tune with the plain model as teacher.
+        auxiliary_heads: classifiers inside the network while it is fine-tuned; CCP-AC has 3.
     """
 
     model: str
@@ -79,6 +82,8 @@ class PruneSettings:
     repair: str = "batchnorm"
     repair_images: int = 10_000
     finetune: FinetuneConfig | None = None
+    distil: bool = False
+    auxiliary_heads: int = 0
     seed: int = 0
 
     def budget(self) -> dict[str, float | int | str]:
@@ -104,7 +109,8 @@ class PruneSettings:
         if self.latency_table is not None and self.latency is None:
             raise InputError("latency_table is given, but the budget is not a latency")
         repair.parse(self.repair)
-        lowest = {"images": 1, "batch_size": 1, "repair_images": 1, "seed": 0, "rounds": 1}
+        lowest = {"images": 1, "batch_size": 1, "repair_images": 1, "rounds": 1, "seed": 0}
+        lowest |= {"auxiliary_heads": 0}
         for name, low in lowest.items():
             if not low <= getattr(self, name) < 2**63 - 1:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -169,6 +175,8 @@ def run(
             train,
             settings.finetune,
             device=device,
+            teacher=rounds.plain if settings.distil else None,
+            auxiliary=_auxiliary_heads(settings, inputs),
             checkpoint=folder.path / "finetune.pt",
             log=folder.path / "finetune.csv",
             progress=progress,
@@ -183,6 +191,16 @@ def run(
     folder.write("report.json", report)
     folder.remove("stages.json", "forecast.json", "finetune.pt", *rounds.temporary_files())
     return report
+
+
+def _auxiliary_heads(settings: PruneSettings, inputs: Inputs) -> AuxiliaryHeads | None:
+    if not settings.auxiliary_heads:
+        return None
+    model, classes = inputs.model, inputs.train.num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        graph = trace(model, inputs.example)
+        return AuxiliaryHeads.spread(model, graph, classes, count=settings.auxiliary_heads)
 
 
 @dataclass

@@ -59,6 +59,17 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
     assert f"{stages[-1]['accuracy %']:.2f}" in capsys.readouterr().out
 
 
+def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
+    output = tmp_path / "run"
+    options = {"repair": "fold+refit+batchnorm", "epochs": 1, "auxiliary-heads": 2}
+    options |= {"mixup": 0.2, "ema-decay": 0.9, "label-smoothing": 0.1}
+    assert cli.main([*prune_command(inputs, output, **options), "--distil", "--amp"]) == 0
+    stages = json.loads((output / "report.json").read_text())["stages"]
+    names = ["plain", "pruned", "folded", "refitted", "re-estimated", "fine-tuned"]
+    assert [row["stage"] for row in stages] == names
+    assert len({row["loss"] for row in stages}) == len(names)
+
+
 @pytest.mark.gpu
 def test_prune_on_a_gpu(cuda, inputs, tmp_path):
     assert cli.main(prune_command(inputs, tmp_path / "run", epochs=1, device=cuda)) == 0
@@ -183,7 +194,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
 def test_a_damaged_run_folder_is_refused(name, content, inputs, tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "gather", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(criteria, "gather", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(prune_command(inputs, output)) == 130
     capsys.readouterr()
     (output / name).write_text(content)
