@@ -273,8 +273,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--allocation",
         default="uniform",
-        choices=("uniform", "optimal"),
-        help="one share for all groups (default), or what costs least by the criterion",
+        choices=("uniform", "optimal", "joint"),
+        help="one share for all groups (default); what costs least by the criterion; or that, "
+        "improved on the cost of the whole network (ccp, ccp-paper)",
     )
     prune.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     prune.add_argument("--minimum", type=int, default=1, help="least kept channels of a group")

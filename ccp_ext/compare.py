@@ -32,7 +32,14 @@ from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph
-from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs, sample
+from ccp_ext.pipeline import (
+    Inputs,
+    RunFolder,
+    check_statistics,
+    joint_cost,
+    load_inputs,
+    sample,
+)
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
 from ccp_ext.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
@@ -103,7 +110,8 @@ class CompareSettings:
         repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
             layer), "refit" (least squares), "batchnorm" (re-estimation), "finetune" (the schedule);
             see :mod:`ccp_ext.compensation`.
-        allocation: "uniform" or "optimal", for all arms that do not bring their own; see
+        allocation: "uniform" or "optimal", for all arms that do not bring their own ("joint" is
+            for single arms); see
             :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images, repair_images: training images for the statistics and for the repair.
@@ -153,6 +161,9 @@ class CompareSettings:
 
     def arms(self) -> list[Arm]:
         return [Arm.parse(text) for text in self.criteria]
+
+    def allocation_of(self, arm: Arm) -> str:
+        return arm.allocation or self.allocation
 
     def budgets(self) -> list[tuple[str, float | int]]:
         """(kind, value) of every budget."""
@@ -254,7 +265,8 @@ def _check(settings: CompareSettings, inputs: Inputs) -> None:
     for kind, value in settings.budgets():
         allocation.allocate(inputs.graph, **{kind: value}, multiple=settings.multiple)
     for arm in settings.arms():
-        check_statistics(inputs.model, inputs.graph, arm.with_seed(settings.seeds[0]))
+        criterion = arm.with_seed(settings.seeds[0])
+        check_statistics(inputs.model, inputs.graph, criterion, settings.allocation_of(arm))
     if len(inputs.test) < 2:
         raise InputError("compare: the test set holds 1 image; it takes 2 to have two halves")
 
@@ -317,7 +329,7 @@ class _Bench:
 
     def _plan(self, job: Job) -> tuple[PruningPlan, measure.Resources, measure.Resources]:
         arm = Arm.parse(job.criterion)
-        criterion = arm.with_seed(job.seed)
+        criterion, method = arm.with_seed(job.seed), self.settings.allocation_of(arm)
 
         def gathered() -> Any:
             images = sample(self.inputs.train, self.settings.images, job.seed)
@@ -327,6 +339,7 @@ class _Bench:
                 criterion,
                 images,
                 batch_size=self.settings.batch_size,
+                keep_rows=method == "joint",
                 progress=self.progress,
             )
 
@@ -336,11 +349,12 @@ class _Bench:
                 self.inputs.graph,
                 costs,
                 **{job.kind: job.budget},
-                allocation=arm.allocation or self.settings.allocation,
+                allocation=method,
+                joint=joint_cost(method, criterion, stats),
                 multiple=self.settings.multiple,
             )
 
-        key = (_statistics_key(arm, job.seed), job.seed)
+        key = (_statistics_key(arm, job.seed), job.seed, method == "joint")
         stats, gathering = self._once("statistics", key, gathered)
         key = dataclasses.replace(job, repair="")
         plan, choosing = self._once("plan", key, chosen)

@@ -28,6 +28,7 @@ from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate, place
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
+from ccp_ext.joint import JointCost
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
@@ -49,7 +50,7 @@ class PruneSettings:
             :func:`ccp_ext.allocation.allocate`.
         latency_table: file of a :class:`ccp_ext.latency.LatencyTable`; None for one that is
             measured for a single image on the device of the run.
-        allocation: "uniform" or "optimal"; see :func:`ccp_ext.make_plan`.
+        allocation: "uniform", "optimal" or "joint"; see :func:`ccp_ext.make_plan`.
         multiple, minimum: of the counts kept.
         rounds: the budget is reached in so many steps, with statistics anew before each.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
@@ -147,7 +148,7 @@ def run(
     table = _latency_table(settings, inputs, Path(output))
     schedule = Schedule(graph, settings.rounds, settings.budget(), settings.rules(), table)
     schedule.check()
-    check_statistics(model, graph, criterion)
+    check_statistics(model, graph, criterion, settings.allocation)
 
     contents = inputs.contents()
     if settings.latency_table is not None:
@@ -269,6 +270,7 @@ class _Rounds:
             self.images,
             batch_size=settings.batch_size,
             checkpoint=self.folder.path / self._file("statistics", number, "pt"),
+            keep_rows=settings.allocation == "joint",
             progress=self.progress,
         )
         costs = self.criterion.costs(model, graph, data)
@@ -280,6 +282,7 @@ class _Rounds:
             costs,
             **self.schedule.at(number, graph, self.plan),
             allocation=settings.allocation,
+            joint=joint_cost(settings.allocation, self.criterion, data),
             **settings.rules(),
             record={**_plain(settings), "statistics": _settings_of(data)},
         )
@@ -377,12 +380,27 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
     return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
 
 
-def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
-    """Raise InputError for a criterion whose options or whose needs of the model are not met."""
-    if (needed := criterion.statistics()) is not None:
+def check_statistics(
+    model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion, allocation: str
+) -> None:
+    """Raise InputError for a criterion whose options or whose needs are not met."""
+    needed = criterion.statistics()
+    if needed is not None:
         collect(model, graph, **needed)  # nothing is observed yet
     else:
         criterion.observation(model, graph)
+    if allocation == "joint" and "first_order" not in (needed or {}):
+        raise InputError(
+            "allocation='joint' needs a criterion of the second order, ccp or ccp-paper; got "
+            f"{criterion.name!r}"
+        )
+
+
+def joint_cost(allocation: str, criterion: criteria.Criterion, data: Any) -> JointCost | None:
+    """The cost that ``make_plan`` needs for the allocation "joint"; None for another."""
+    if allocation != "joint":
+        return None
+    return JointCost.of(data, first_order=criterion.statistics()["first_order"])
 
 
 def in_scope(graph: ChannelGraph, scope: str) -> ChannelGraph:

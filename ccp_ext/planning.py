@@ -12,12 +12,13 @@ from ccp_ext.allocation import Allocation, allocate, allowed_counts
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
+from ccp_ext.joint import JointCost, Refinement, refine
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.selection import Curve
 from ccp_ext.statistics import Statistics
 
-ALLOCATIONS = ("uniform", "optimal")
+ALLOCATIONS = ("uniform", "optimal", "joint")
 
 # Enough to prove most groups of up to 128 channels optimal. A limit by the clock would make the
 # plan depend on the machine's speed.
@@ -39,6 +40,7 @@ def make_plan(
     per_group: Mapping[str, float | int] | None = None,
     latency_table: LatencyTable | None = None,
     allocation: str = "uniform",
+    joint: JointCost | None = None,
     multiple: int | Mapping[str, int] = 1,
     minimum: int = 1,
     floors: Mapping[str, int] | None = None,
@@ -58,7 +60,10 @@ def make_plan(
             :func:`ccp_ext.allocation.allocate`.
         allocation: "uniform" gives all groups one common fraction; "optimal" computes each group's
             cost for every count (for evenly spaced ones, if there are more than ``CURVE_COUNTS``)
-            and minimises their sum within the budget.
+            and minimises their sum within the budget; "joint" goes on from there on the cost of the
+            whole network, exchanging channels within and between groups
+            (:func:`ccp_ext.refine`).
+        joint: that cost. By default it is made of statistics collected with ``keep_rows=True``.
         multiple, minimum, floors, ceilings, protected: rules on the counts; see
             :func:`ccp_ext.allocation.allocate`.
         method: of :func:`ccp_ext.select`.
@@ -73,6 +78,8 @@ def make_plan(
         raise InputError(
             f"make_plan: allocation must be one of {', '.join(ALLOCATIONS)}; got {allocation!r}"
         )
+    if allocation == "joint" and joint is None:
+        joint = _joint_cost(stats)
     given = stats.costs() if isinstance(stats, Statistics) else stats
     costs = {group.name: _cost_of(group, given) for group in graph.groups}
     budget = {
@@ -92,24 +99,60 @@ def make_plan(
     }
     curves = None
     # A ratio or counts by group leave nothing to choose.
-    if allocation == "optimal" and ratio is None and per_group is None:
+    if allocation != "uniform" and ratio is None and per_group is None:
         curves = _curves(costs, allowed_counts(graph, **rules))
     found = allocate(graph, curves=curves, **budget, latency_table=latency_table, **rules)
-    kept, objectives = {}, {}
-    for group in graph.groups:
-        removed = group.channels - found.keep[group.name]
-        known = curves and curves.get(group.name)
-        mask, objective = _choose(costs[group.name], removed, known, method)
-        kept[group.name] = torch.nonzero(~mask).flatten().tolist()
-        objectives[group.name] = objective
+    masks, objectives = {}, {}
+    for name, cost in costs.items():
+        known = curves and curves.get(name)
+        removed = cost.channels - found.keep[name]
+        masks[name], objectives[name] = _choose(cost, removed, known, method)
+    summary = _summary(found, allocation, math.fsum(objectives.values()))
+    if allocation == "joint":
+        refined = _refine(graph, joint, masks, found, latency_table, allowed_counts(graph, **rules))
+        masks = refined.removed
+        objectives = {name: costs[name].objective(mask) for name, mask in masks.items()}
+        summary |= _walk(refined)
     note = {
         **(record or {}),
         "budget": {name: value for name, value in budget.items() if value is not None},
         "multiple": multiple,
         "objective": objectives,
-        "allocation": _summary(found, allocation, math.fsum(objectives.values())),
+        "allocation": summary,
     }
+    kept = {name: torch.nonzero(~mask.cpu()).flatten().tolist() for name, mask in masks.items()}
     return PruningPlan.from_kept(graph, kept, record=note)
+
+
+def _joint_cost(stats: Any) -> JointCost:
+    if isinstance(stats, Statistics) and stats.keep_rows:
+        return JointCost.of(stats)
+    raise InputError(
+        "make_plan: allocation='joint' needs joint=, or statistics collected with keep_rows=True"
+    )
+
+
+def _refine(
+    graph: ChannelGraph,
+    joint: JointCost,
+    masks: Mapping[str, torch.Tensor],
+    found: Allocation,
+    latency_table: LatencyTable | None,
+    counts: Mapping[str, list[int]],
+) -> Refinement:
+    if found.budget is None:
+        return refine(graph, joint, masks)
+    if found.kind == "latency":
+        resource = latency_table.resource(graph)
+    else:
+        resource = graph.resource(found.kind)
+    return refine(graph, joint, masks, resource=resource, budget=found.budget, counts=counts)
+
+
+def _walk(refined: Refinement) -> dict[str, Any]:
+    """What the plan says of the joint descent, beside the choice that it began with."""
+    names = ("start", "objective", "exchanges", "transfers", "chains", "status")
+    return {"joint": {name: getattr(refined, name) for name in names}}
 
 
 def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict[str, Curve]:

@@ -62,7 +62,7 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
 def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
     output = tmp_path / "run"
     options = {"repair": "fold+refit+batchnorm", "epochs": 1, "auxiliary-heads": 2}
-    options |= {"mixup": 0.2, "ema-decay": 0.9, "label-smoothing": 0.1}
+    options |= {"allocation": "joint", "mixup": 0.2, "ema-decay": 0.9, "label-smoothing": 0.1}
     assert cli.main([*prune_command(inputs, output, **options), "--distil", "--amp"]) == 0
     stages = json.loads((output / "report.json").read_text())["stages"]
     names = ["plain", "pruned", "folded", "refitted", "re-estimated", "fine-tuned"]

@@ -100,12 +100,19 @@ def test_rows_of_one_budget_cost_the_same_unless_an_arm_allocates_for_itself(
         rows = [row for row in whole[1]["rows"] if row["budget"] == budget]
         assert len({(row["MACs"], row["parameters"]) for row in rows}) == 1
         assert rows[0]["MACs kept"] <= budget
-    wanted = settings(
-        inputs, criteria=("l1", "l1:allocation=optimal"), macs=(), params=(0.5,), seeds=(0,)
-    )
-    uniform, own = run(wanted, tmp_path / "own")["rows"][:2]
-    assert own["objective"] < uniform["objective"]
-    assert max(own["parameters kept"], uniform["parameters kept"]) <= 0.5
+    arms = ("ccp", "ccp:allocation=optimal", "ccp:allocation=joint")
+    wanted = settings(inputs, criteria=arms, macs=(), params=(0.5,), seeds=(0,))
+    uniform, optimal, joint = run(wanted, tmp_path / "own")["rows"][:3]
+    assert optimal["objective"] < uniform["objective"]
+    # The cost of the groups alone is least where they are all that is looked at.
+    assert optimal["objective"] < joint["objective"]
+    assert max(row["parameters kept"] for row in (uniform, optimal, joint)) <= 0.5
+
+
+def test_a_joint_choice_needs_a_criterion_of_the_second_order(inputs, tmp_path):
+    wanted = settings(inputs, criteria=("taylor:allocation=joint",))
+    with pytest.raises(InputError, match="needs a criterion of the second order.*'taylor'"):
+        run(wanted, tmp_path / "run")
 
 
 def test_statistics_are_gathered_once_for_all_that_can_share_them(inputs, tmp_path, monkeypatch):
@@ -209,8 +216,11 @@ def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
         ({"criteria": ("ccp:diagonal=maybe",)}, "sets diagonal, which takes bool"),
         ({"criteria": ("ccp:temperature",)}, "sets temperature, which takes float"),
         ({"criteria": ("ccp:curvature=red",)}, "curvature"),
-        ({"criteria": ("ccp:allocation=best",)}, "allocation must be one of uniform, optimal"),
-        ({"allocation": "best"}, "allocation must be one of uniform, optimal"),
+        (
+            {"criteria": ("ccp:allocation=best",)},
+            "allocation must be one of uniform, optimal, joint",
+        ),
+        ({"allocation": "best"}, "allocation must be one of uniform, optimal, joint"),
         ({"repair": ("glue",)}, "repair must be none, or steps of fold, refit"),
         ({"repair": ("batchnorm+refit",)}, "in this order"),
         ({"repair": ("finetune",)}, "needs a schedule"),

@@ -8,6 +8,8 @@ import torch
 import ccp_ext
 from ccp_ext import Cost, InputError, criteria, make_plan, models, planning
 from ccp_ext.cost import SearchedCost
+from ccp_ext.forecast import removed_masks
+from ccp_ext.joint import JointCost
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,34 @@ def test_optimal_plans_cost_no_more_than_uniform_ones_and_have_a_bound(graph, bu
     assert summary["lower_bound"] <= summary["objective"]
     assert summary["gap"] == summary["objective"] - summary["lower_bound"]
     assert "lower_bound" not in uniform.record["allocation"]
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, {"ratio": 0.5}])
+def test_joint_plans_cost_the_whole_network_no_more_than_where_they_begin(graph, budget):
+    torch.manual_seed(0)
+    model = models.create("resnet8").eval()
+    with ccp_ext.collect(model, graph, first_order=False, keep_rows=True) as stats:
+        stats.backward(model(torch.randn(24, 3, 16, 16)))
+    cost = JointCost.of(stats)
+    optimal, joint = (
+        make_plan(graph, stats, **budget, allocation=name) for name in ("optimal", "joint")
+    )
+    before, after = (cost.objective(removed_masks(plan)) for plan in (optimal, joint))
+    found = joint.record["allocation"]["joint"]
+    assert found["start"] == pytest.approx(before) and found["objective"] == pytest.approx(after)
+    assert after < before and found["exchanges"] > 0
+    if "macs" in budget:
+        assert joint.forecast["macs_after"] <= 0.5 * joint.forecast["macs_before"]
+    else:
+        assert joint.forecast == optimal.forecast
+    costs = stats.costs()
+    for name, mask in removed_masks(joint).items():
+        assert joint.record["objective"][name] == pytest.approx(costs[name].objective(mask))
+
+
+def test_a_joint_plan_without_rows_is_refused(graph):
+    with pytest.raises(InputError, match="allocation='joint' needs joint=, or statistics"):
+        make_plan(graph, random_costs(graph), macs=0.5, allocation="joint")
 
 
 def test_wide_groups_are_allocated_over_evenly_spaced_counts(graph, monkeypatch):
@@ -156,5 +186,5 @@ def test_bad_costs_are_named(graph):
         make_plan(graph, {**costs, name: Cost(u=torch.zeros(3))}, ratio=0.5)
     with pytest.raises(InputError, match="exactly one of"):
         make_plan(graph, costs)
-    with pytest.raises(InputError, match="allocation must be one of uniform, optimal; got 'best'"):
+    with pytest.raises(InputError, match="allocation must be one of uniform, optimal, joint; got"):
         make_plan(graph, costs, macs=0.5, allocation="best")

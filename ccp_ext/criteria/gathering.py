@@ -30,6 +30,7 @@ def gather(
     *,
     batch_size: int = 128,
     checkpoint: Path | None = None,
+    keep_rows: bool = False,
     progress: bool = True,
 ) -> Any:
     """What a criterion's ``costs`` takes as its third argument.
@@ -40,12 +41,14 @@ def gather(
     Args:
         checkpoint: where gradient statistics are kept every few seconds, and read at the start;
             an observation begins anew.
+        keep_rows: of the gradient statistics; see :func:`ccp_ext.collect`.
 
     Raises:
         InputError: the loss is not finite.
     """
     options = criterion.statistics()
     if options is not None:
+        options = {**options, "keep_rows": keep_rows}
         return _statistics(model, graph, options, images, batch_size, checkpoint, progress)
     observation = criterion.observation(model, graph)
     if observation is None:
