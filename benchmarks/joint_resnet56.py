@@ -55,6 +55,7 @@ class Draw:
         self.model, self.graph, self.seed, self.options = model, graph, seed, options
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         self.images = train.subset(order[: options.images])
+        self.watched = train.subset(order[: options.effect_images])
         self.reestimation = train.subset(order[-options.reestimate_images :])
 
     def plans(self) -> dict[str, Callable[[], PruningPlan]]:
@@ -105,7 +106,7 @@ class Draw:
 
     @cached_property
     def plain_logits(self) -> Tensor:
-        return logits(self.model, self.images, batch_size=self.options.batch_size)
+        return logits(self.model, self.watched, batch_size=self.options.batch_size)
 
     def refined(self, **budget: Any) -> PruningPlan:
         found: Refinement = refine(self.graph, self.cost, removed_masks(self.optimal), **budget)
@@ -116,11 +117,11 @@ class Draw:
         return PruningPlan.from_kept(self.graph, {n: ~mask for n, mask in found.removed.items()})
 
     def row(self, label: str, plan: PruningPlan, test: ImageSet) -> dict[str, Any]:
-        """Forecast and effect on the images of the statistics, then the test after the repair."""
+        """Forecast and effect on images of the statistics, then the test after the repair."""
         batch_size, masks = self.options.batch_size, removed_masks(plan)
         with surgery.masked(self.model, plan):
-            pruned = logits(self.model, self.images, batch_size=batch_size)
-        effect = Effect.between(self.plain_logits, pruned, self.images.labels)
+            pruned = logits(self.model, self.watched, batch_size=batch_size)
+        effect = Effect.between(self.plain_logits, pruned, self.watched.labels)
         slim = surgery.prune(copy.deepcopy(self.model), plan)
         reestimate_batchnorm(slim, self.reestimation.batches(batch_size))
         after = evaluate(slim, test, batch_size=batch_size)
@@ -143,7 +144,8 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=10_000, help="for the statistics")
-    parser.add_argument("--reestimate-images", type=int, default=10_000)
+    parser.add_argument("--effect-images", type=int, default=2_500, help="to measure the effect on")
+    parser.add_argument("--reestimate-images", type=int, default=2_500)
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--cache", default="build/statistics", help="folder for the statistics")
@@ -165,7 +167,7 @@ class _Results:
     """Rows kept in a JSON file from the first to the last."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        names = ("images", "reestimate_images", "batch_size")
+        names = ("images", "effect_images", "reestimate_images", "batch_size")
         self.settings = {name: getattr(options, name) for name in names}
         path = RESULTS / f"{NAME}.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -191,8 +193,9 @@ class _Results:
             f"{self.settings['reestimate_images']:,} others for the re-estimation of BatchNorm; "
             "10,000 test images (standard error of one accuracy about 0.4). The forecast is half "
             "the mean squared change of the logits, within the groups and with the curvature "
-            "between them; it and the training loss (nats) are measured on the images of the "
-            "statistics, with the removed channels at zero and nothing repaired.\n",
+            "between them; it and the training loss (nats) are measured on "
+            f"{self.settings['effect_images']:,} images of the statistics, with the removed "
+            "channels at zero and nothing repaired.\n",
             table([_cells(label, rows) for label, rows in self._by_selection()], markdown=True),
         ]
         write_text(RESULTS / f"{NAME}.md", "\n".join(text) + "\n")
