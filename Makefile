@@ -29,7 +29,7 @@ lint: $(BUILT)
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@echo "building the extension (log: $(VENV)/build.log)"
-	@$(PIP) install --verbose --no-build-isolation --editable '.[data,demo,dev]' \
+	@$(PIP) install --verbose --no-build-isolation --editable '.[data,demo,plots,dev]' \
 	  >$(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
 	@grep -o 'ccp_ext: CPU .*' $(VENV)/build.log
 	@$(VENV)/bin/ccp info
