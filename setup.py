@@ -202,7 +202,8 @@ def extension_modules(config: BuildConfig) -> list:
                 "ccp_ext._solver",
                 solver_sources,
                 include_dirs=[str(ROOT / "csrc" / "solver"), pybind11.get_include()],
-                extra_compile_args={"cxx": ["-O3", "-std=c++17", *host_flags]},
+                # Without contraction, every instruction set gives the same bits.
+                extra_compile_args={"cxx": ["-O3", "-std=c++17", "-ffp-contract=off", *host_flags]},
                 language="c++",
             )
         )

@@ -1,10 +1,11 @@
-"""The command line: ``ccp info | criteria | prune | evaluate | demo``."""
+"""The command line: ``ccp info | criteria | prune | compare | report | evaluate | demo``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ccp_ext.errors import InputError
 
@@ -80,8 +81,14 @@ def _prune(options: argparse.Namespace) -> None:
         data=options.data,
         macs=options.macs,
         params=options.params,
+        activations=options.activations,
+        latency=options.latency,
         ratio=options.ratio,
+        latency_table=options.latency_table,
+        allocation=options.allocation,
         multiple=options.multiple,
+        minimum=options.minimum,
+        rounds=options.rounds,
         criterion=options.criterion,
         options=criteria.Options(
             site=options.site,
@@ -130,6 +137,48 @@ def _evaluate(options: argparse.Namespace) -> None:
             ]
         )
     )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from ccp_ext import compare, page
+    from ccp_ext.finetune import FinetuneConfig
+    from ccp_ext.report import table
+
+    schedule = None
+    if options.epochs:
+        schedule = FinetuneConfig(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            augment=options.augment,
+        )
+    settings = compare.CompareSettings(
+        model=options.model,
+        weights=options.weights,
+        data=options.data,
+        criteria=options.criteria,
+        macs=options.macs,
+        params=options.params,
+        seeds=options.seeds,
+        repair=options.repair,
+        multiple=options.multiple,
+        scope=options.scope,
+        images=options.images,
+        batch_size=options.batch_size,
+        reestimate_images=options.reestimate_images,
+        finetune=schedule,
+    )
+    devices = [_device(name) for name in options.device.split(",")]
+    result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
+    for title, rows in compare.tables(result):
+        print(f"\n{title}\n{table(rows)}")
+    print(f"\n{compare.explanation(result)}\n{page.write(options.output)}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ccp_ext import page
+
+    print(page.write(options.folder, options.output))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -191,8 +240,32 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--params", type=_count_or_share, help="share of the parameters to keep, or a count"
     )
+    budget.add_argument(
+        "--activations",
+        type=_count_or_share,
+        help="share of the outputs of all layers to keep, or a count of elements",
+    )
+    budget.add_argument(
+        "--latency",
+        type=_share_or_time,
+        help="share of the time of a forward pass to keep, or milliseconds such as 2.5ms",
+    )
     budget.add_argument("--ratio", type=float, help="share of every group's channels to remove")
+    prune.add_argument(
+        "--latency-table",
+        help="file of a latency table (default: measured for one image on the device)",
+    )
+    prune.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "optimal"),
+        help="one share for all groups (default), or what costs least by the criterion",
+    )
     prune.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
+    prune.add_argument("--minimum", type=int, default=1, help="least kept channels of a group")
+    prune.add_argument(
+        "--rounds", type=int, default=1, help="steps to the budget, with statistics before each"
+    )
     prune.add_argument(
         "--scope",
         default="inner",
@@ -228,20 +301,83 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "test", "all"))
 
+    compare = command(
+        "compare",
+        _compare,
+        "criteria side by side at equal cost, over budgets, repairs and seeds",
+        "; the same command goes on from here",
+    )
+    _add_input(
+        compare, device="cpu, cuda, ... (default auto); several joined by commas: a process each"
+    )
+    compare.add_argument("--output", required=True, help="folder for the rows, tables and page")
+    compare.add_argument(
+        "--criteria",
+        type=_list_of(str),
+        default=("ccp", "l1"),
+        help="see `ccp criteria`; options follow after colons, such as "
+        "ccp,ccp:curvature=sampled:diagonal,l1 (default ccp,l1; random is always compared)",
+    )
+    budget = compare.add_argument_group("budgets (of one kind)").add_mutually_exclusive_group(
+        required=True
+    )
+    budget.add_argument(
+        "--macs",
+        type=_list_of(_count_or_share),
+        default=(),
+        help="shares of the MACs to keep, or counts, such as 0.7,0.5,0.3",
+    )
+    budget.add_argument(
+        "--params",
+        type=_list_of(_count_or_share),
+        default=(),
+        help="shares of the parameters to keep, or counts",
+    )
+    compare.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
+    compare.add_argument(
+        "--scope",
+        default="inner",
+        choices=("inner", "coupled", "all"),
+        help="channels inside blocks (default), those of residual streams, or both",
+    )
+    compare.add_argument(
+        "--seeds", type=_list_of(int), default=(0, 1, 2), help="such as 0,1,2 (the default)"
+    )
+    compare.add_argument("--images", type=int, default=10_000, help="images for the statistics")
+    compare.add_argument(
+        "--repair",
+        type=_list_of(str),
+        default=("batchnorm",),
+        help="none, or steps of batchnorm, finetune joined by +, such as "
+        "none,batchnorm,batchnorm+finetune (default batchnorm)",
+    )
+    compare.add_argument(
+        "--reestimate-images", type=int, default=10_000, help="training images for the repair"
+    )
+    compare.add_argument("--epochs", type=int, default=0, help="of the step finetune")
+    compare.add_argument("--learning-rate", type=float, default=0.01)
+    compare.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+
+    report = command("report", _report, "one HTML page of a folder of `ccp prune` or `ccp compare`")
+    report.add_argument("folder", help="the --output of the run")
+    report.add_argument("--output", help="file to write (default report.html in the folder)")
+
     demo = command("demo", _demo, "train, prune and fine-tune a small ResNet on digits")
     demo.add_argument("--output", default="demo_output", help="folder for the slim model")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
-def _add_input(command: argparse.ArgumentParser) -> None:
+def _add_input(
+    command: argparse.ArgumentParser, device: str = "cpu, cuda, cuda:1, ... (default auto)"
+) -> None:
     command.add_argument(
         "--model", required=True, help="a name such as resnet56, or module:function of your own"
     )
     command.add_argument("--weights", required=True, help=".safetensors, or a PyTorch state dict")
     command.add_argument("--data", required=True, help="folder with CIFAR-10, an .npz, or digits")
     command.add_argument("--batch-size", type=int, default=128)
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    command.add_argument("--device", default="auto", help=device)
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -257,6 +393,32 @@ def _count_or_share(text: str) -> float | int:
         raise argparse.ArgumentTypeError(
             f"must be a share such as 0.5 or a count, got {text!r}"
         ) from None
+
+
+def _share_or_time(text: str) -> float | str:
+    """A number is a share, a number with the unit ms a time."""
+    if text.endswith("ms"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 0.5 or milliseconds such as 2.5ms, got {text!r}"
+        ) from None
+
+
+def _list_of(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Reads values joined by commas."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(item(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be values joined by commas, got {text!r}"
+            ) from None
+
+    return read
 
 
 if __name__ == "__main__":

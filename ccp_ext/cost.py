@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccp_ext.errors import InputError
-from ccp_ext.selection import Choice, select
+from ccp_ext.selection import Choice, Curve, curve, select
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Cost:
         """The ``r`` channels whose removal costs least; options of :func:`ccp_ext.select`."""
         return select(self.S, u=self.u, r=r, **options)
 
+    def curve(self, counts: Sequence[int]) -> Curve:
+        """The cost of removing so many channels, for each of ``counts``, ascending."""
+        return curve(self.S, u=self.u, counts=counts)
+
     def diagonal(self) -> Cost:
         """The same cost without the interactions between channels (the ablation's control)."""
         return Cost(None if self.S is None else torch.diag(self.S.diagonal()), self.u)
@@ -85,3 +90,13 @@ class SearchedCost(Cost):
             raise InputError(f"choose: r must lie within 0 to C = {self.channels}; got {r!r}")
         removed = self.search(r)
         return Choice(removed, self.objective(removed), -math.inf, "heuristic", "search")
+
+    def curve(self, counts: Sequence[int]) -> Curve:
+        """What the search finds for each count; it has no lower bound."""
+        choices = [self.choose(r) for r in counts]
+        return Curve(
+            tuple(counts),
+            np.array([choice.objective for choice in choices]),
+            np.array([choice.lower_bound for choice in choices]),
+            torch.stack([choice.removed for choice in choices]).numpy(),
+        )

@@ -6,21 +6,22 @@ model + data -> graph -> allocation -> statistics -> selection -> plan -> surger
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ccp_ext import allocation, criteria, datasets, files, measure, surgery
+from ccp_ext import criteria, datasets, files, measure, surgery
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.datasets import ImageSet
@@ -28,11 +29,15 @@ from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
+from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
-from ccp_ext.planning import make_plan
+from ccp_ext.planning import ALLOCATIONS, make_plan
+from ccp_ext.rounds import Schedule
 from ccp_ext.statistics import Statistics, collect
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
+BUDGETS = ("macs", "params", "activations", "latency", "ratio")
+LATENCY_FILE, LATENCY_STEP = "latency.json", 8
 COLUMNS = ("stage", "accuracy %", "loss", "MACs", "parameters", "latency ms")
 
 
@@ -42,8 +47,13 @@ class PruneSettings:
 
     Attributes:
         model, weights, data: see :mod:`ccp_ext.checkpoints` and :func:`ccp_ext.datasets.load`.
-        macs, params, ratio: the budget, exactly one of them; see
+        macs, params, activations, latency, ratio: the budget, exactly one of them; see
             :func:`ccp_ext.allocation.allocate`.
+        latency_table: file of a :class:`ccp_ext.latency.LatencyTable`; None for one that is
+            measured for a single image on the device of the run.
+        allocation: "uniform" or "optimal"; see :func:`ccp_ext.make_plan`.
+        multiple, minimum: of the counts kept.
+        rounds: the budget is reached in so many steps, with statistics anew before each.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images: training images that the statistics are gathered from.
         reestimate_images: training images for the BatchNorm re-estimation; 0 leaves it out.
@@ -55,8 +65,14 @@ class PruneSettings:
     data: str
     macs: float | int | None = None
     params: float | int | None = None
+    activations: float | int | None = None
+    latency: float | str | None = None
     ratio: float | None = None
+    latency_table: str | None = None
+    allocation: str = "uniform"
     multiple: int = 1
+    minimum: int = 1
+    rounds: int = 1
     criterion: str = "ccp"
     options: criteria.Options = field(default_factory=criteria.Options)
     scope: str = "inner"
@@ -66,23 +82,30 @@ class PruneSettings:
     finetune: FinetuneConfig | None = None
     seed: int = 0
 
-    def budget(self) -> dict[str, float | int]:
+    def budget(self) -> dict[str, float | int | str]:
         """The one budget that was given, as keywords of ``allocate`` and ``make_plan``."""
-        given = {
-            name: getattr(self, name)
-            for name in ("macs", "params", "ratio")
-            if getattr(self, name) is not None
-        }
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
         if len(given) != 1:
             raise InputError(
-                "give exactly one budget of macs, params, ratio; got "
+                f"give exactly one budget of {', '.join(BUDGETS)}; got "
                 + (", ".join(given) if given else "none")
             )
         return given
 
+    def rules(self) -> dict[str, int]:
+        """The rules on the counts, as keywords of ``allocate`` and ``make_plan``."""
+        return {"multiple": self.multiple, "minimum": self.minimum}
+
     def __post_init__(self) -> None:
         self.budget()
-        for name, low in (("images", 1), ("batch_size", 1), ("reestimate_images", 0), ("seed", 0)):
+        if self.allocation not in ALLOCATIONS:
+            raise InputError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}; got {self.allocation!r}"
+            )
+        if self.latency_table is not None and self.latency is None:
+            raise InputError("latency_table is given, but the budget is not a latency")
+        lowest = {"images": 1, "batch_size": 1, "reestimate_images": 0, "seed": 0, "rounds": 1}
+        for name, low in lowest.items():
             if not low <= getattr(self, name) < 2**63 - 1:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
@@ -98,31 +121,30 @@ def run(
     """Prune, repair, evaluate and save; an interrupted run goes on where it stopped.
 
     Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors`` and
-    ``report.json`` (last, so a report means that the rest is whole), and while it runs
-    ``stages.json``, ``statistics.pt`` and ``finetune.pt``.
+    ``report.json`` (last, so a report means that the rest is whole), ``latency.json`` if it
+    measured a latency table, and while it runs ``stages.json``, ``forecast.json``,
+    ``statistics.pt`` and ``finetune.pt``, and with several rounds a plan of each.
 
     Returns:
-        The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ...}.
+        The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
+        for each round what the criterion foresaw and what the loss on the images of the statistics
+        became (empty for a criterion without data)}.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend; nothing is written
             before the settings, the weights, the data and the budget were found good.
     """
     criterion = criteria.get(settings.criterion, settings.options)
-    train, test = (datasets.load(settings.data, split) for split in ("train", "test"))
-    factory = model_factory(settings.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, settings.weights).to(device)
-    example = train.normalise(train.images[:1]).to(device)
-    graph = in_scope(trace(model, example), settings.scope)
-    allocation.allocate(graph, **settings.budget(), multiple=settings.multiple)
-    if (needed := criterion.statistics()) is not None:
-        collect(model, graph, **needed)  # finds bad options; nothing is observed yet
+    inputs = load_inputs(settings, device)
+    model, graph, train = inputs.model, inputs.graph, inputs.train
+    table = _latency_table(settings, inputs, Path(output))
+    schedule = Schedule(graph, settings.rounds, settings.budget(), settings.rules(), table)
+    schedule.check()
+    check_statistics(model, graph, criterion)
 
-    contents = {
-        "content of model": graph.fingerprint,
-        "content of weights": _digest(*model.state_dict().values()),
-        "content of data": _digest(*(t for s in (train, test) for t in (s.images, s.labels))),
-    }
+    contents = inputs.contents()
+    if settings.latency_table is not None:
+        contents["content of latency_table"] = table.digest()
     folder = RunFolder(output, {**_plain(settings), **contents})
     finished = folder.read("report.json", dict)
     if finished is not None:
@@ -130,32 +152,16 @@ def run(
             raise InputError(f"{folder.path / 'report.json'} is damaged; remove it to go on")
         say(f"{folder.path} already holds this run's result")
         return finished
-    recorder = _Recorder(folder, test, example, settings.batch_size, progress, say)
+    if table is not None and settings.latency_table is None:
+        table.save(folder.path / LATENCY_FILE)
+    recorder = _Recorder(folder, inputs.test, inputs.example, settings.batch_size, progress, say)
     recorder.record("plain", model)
 
-    plan = folder.plan()
-    if plan is None:
-        stats = gather(
-            model,
-            graph,
-            criterion,
-            _sample(train, settings.images, settings.seed),
-            batch_size=settings.batch_size,
-            checkpoint=folder.path / "statistics.pt",
-            progress=progress,
-        )
-        costs = criterion.costs(model, graph, stats)
-        record = {**_plain(settings), "statistics": stats and stats.settings()}
-        plan = make_plan(
-            graph, costs, **settings.budget(), multiple=settings.multiple, record=record
-        )
-        plan.save(folder.path / "plan.json")
-    surgery.prune(model, plan)
-    recorder.record("pruned", model)
-    if settings.reestimate_images:
-        images = _sample(train, settings.reestimate_images, settings.seed + 1)
-        reestimate_batchnorm(model, images.batches(settings.batch_size), progress=progress)
-        recorder.record("re-estimated", model)
+    rounds = _Rounds(settings, criterion, inputs, schedule, folder, recorder, progress)
+    for number in range(1, settings.rounds + 1):
+        rounds.run(number)
+    if settings.rounds > 1:
+        rounds.plan.save(folder.path / "plan.json")
     if settings.finetune is not None:
         finetune(
             model,
@@ -168,10 +174,182 @@ def run(
         )
         recorder.record("fine-tuned", model)
     surgery.save(model, folder.path / "slim.safetensors")
-    report = {"settings": _plain(settings), "stages": recorder.rows}
+    report = {
+        "settings": _plain(settings),
+        "stages": recorder.rows,
+        "forecast": rounds.forecast,
+    }
     folder.write("report.json", report)
-    folder.remove("stages.json", "statistics.pt", "finetune.pt")
+    folder.remove("stages.json", "forecast.json", "finetune.pt", *rounds.temporary_files())
     return report
+
+
+@dataclass
+class _Rounds:
+    """The rounds of a run: statistics, plan, surgery and BatchNorm re-estimation of each.
+
+    Attributes:
+        plan: what the rounds so far do to the plain model.
+        forecast: a row for each round.
+    """
+
+    settings: PruneSettings
+    criterion: criteria.Criterion
+    inputs: Inputs
+    schedule: Schedule
+    folder: RunFolder
+    recorder: _Recorder
+    progress: bool
+    plan: PruningPlan | None = None
+
+    def __post_init__(self) -> None:
+        self.forecast: list[dict[str, Any]] = self.folder.read("forecast.json", list) or []
+        self.images = sample(self.inputs.train, self.settings.images, self.settings.seed)
+
+    def run(self, number: int) -> None:
+        settings, model = self.settings, self.inputs.model
+        name = self._file("plan", number, "json")
+        plan = self.folder.plan(name)
+        if plan is None:
+            plan = self._make_plan(number)
+            plan.save(self.folder.path / name)
+        with self._forecast(number, plan):
+            surgery.prune(model, plan)
+        self.plan = plan if self.plan is None else self.plan.then(plan)
+        last = "" if number == settings.rounds else f", round {number}"
+        self.recorder.record(f"pruned{last}", model)
+        if settings.reestimate_images:
+            images = sample(self.inputs.train, settings.reestimate_images, settings.seed + 1)
+            batches = images.batches(settings.batch_size)
+            reestimate_batchnorm(model, batches, progress=self.progress)
+            self.recorder.record(f"re-estimated{last}", model)
+
+    def temporary_files(self) -> list[str]:
+        """What is of no use when the run is over."""
+        numbers = range(1, self.settings.rounds + 1)
+        names = [self._file("statistics", number, "pt") for number in numbers]
+        plans = [self._file("plan", number, "json") for number in numbers]
+        return names + (plans if self.settings.rounds > 1 else [])
+
+    def _make_plan(self, number: int) -> PruningPlan:
+        settings, model = self.settings, self.inputs.model
+        graph = self.inputs.graph
+        if number > 1:
+            graph = in_scope(trace(model, self.inputs.example), settings.scope)
+        stats = gather(
+            model,
+            graph,
+            self.criterion,
+            self.images,
+            batch_size=settings.batch_size,
+            checkpoint=self.folder.path / self._file("statistics", number, "pt"),
+            progress=self.progress,
+        )
+        return make_plan(
+            graph,
+            self.criterion.costs(model, graph, stats),
+            **self.schedule.at(number, graph, self.plan),
+            allocation=settings.allocation,
+            **settings.rules(),
+            record={**_plain(settings), "statistics": stats and stats.settings()},
+        )
+
+    @contextlib.contextmanager
+    def _forecast(self, number: int, plan: PruningPlan) -> Iterator[None]:
+        """Note what the criterion foresees of the surgery within, and what the loss does."""
+        known = any(row["round"] == number for row in self.forecast)
+        if known or self.criterion.statistics() is None:
+            yield
+            return
+        before = self._loss()
+        yield
+        after = self._loss()
+        self.forecast.append(
+            {
+                "round": number,
+                "objective": plan.record["allocation"]["objective"],
+                "loss before": before,
+                "loss after": after,
+                "loss change": after - before,
+            }
+        )
+        self.folder.write("forecast.json", self.forecast)
+
+    def _loss(self) -> float:
+        return evaluate(
+            self.inputs.model,
+            self.images,
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        ).loss
+
+    def _file(self, stem: str, number: int, suffix: str) -> str:
+        """A file of a round; of the only round, without its number."""
+        return f"{stem}{'' if self.settings.rounds == 1 else number}.{suffix}"
+
+
+def _latency_table(settings: PruneSettings, inputs: Inputs, output: Path) -> LatencyTable | None:
+    """The table asked for, the one that the run measured before a stop, or a new one."""
+    if settings.latency is None:
+        return None
+    if settings.latency_table is not None:
+        return LatencyTable.load(settings.latency_table)
+    if (output / LATENCY_FILE).exists():
+        return LatencyTable.load(output / LATENCY_FILE)
+    return measure.latency_table(inputs.model, inputs.graph, inputs.example, LATENCY_STEP)
+
+
+class Subject(Protocol):
+    """What settings name: see :class:`PruneSettings`."""
+
+    model: str
+    weights: str
+    data: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a subject's names stand for, loaded; the model, on its device, in eval mode.
+
+    Attributes:
+        graph: with the groups that may be pruned.
+        example: one normalised training image [1, C, H, W] on the device.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    train: ImageSet
+    test: ImageSet
+    example: torch.Tensor
+
+    def contents(self) -> dict[str, str]:
+        """Digests by which inputs that changed under their names are known."""
+        images = (t for s in (self.train, self.test) for t in (s.images, s.labels))
+        return {
+            "content of model": self.graph.fingerprint,
+            "content of weights": _digest(*self.model.state_dict().values()),
+            "content of data": _digest(*images),
+        }
+
+
+def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
+    """Load what the names stand for.
+
+    Raises:
+        InputError: something is missing, unreadable or does not fit, or no group is in the scope.
+    """
+    train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
+    factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
+    model = load_model(factory, subject.weights).to(device)
+    example = train.normalise(train.images[:1]).to(device)
+    return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
+
+
+def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
+    """Raise InputError for options of a criterion that :func:`ccp_ext.collect` refuses."""
+    if (needed := criterion.statistics()) is not None:
+        collect(model, graph, **needed)  # nothing is observed yet
 
 
 def gather(
@@ -273,8 +451,8 @@ class RunFolder:
     def write(self, name: str, content: Any) -> None:
         files.write_text(self.path / name, json.dumps(content, indent=1) + "\n")
 
-    def plan(self) -> PruningPlan | None:
-        file = self.path / "plan.json"
+    def plan(self, name: str = "plan.json") -> PruningPlan | None:
+        file = self.path / name
         return PruningPlan.load(file) if file.exists() else None
 
     def remove(self, *names: str) -> None:
@@ -317,7 +495,7 @@ class _Recorder:
         self.say(f"{stage}: test accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
 
 
-def _sample(images: ImageSet, count: int, seed: int) -> ImageSet:
+def sample(images: ImageSet, count: int, seed: int) -> ImageSet:
     """``count`` images drawn without replacement (all of them, shuffled, if there are fewer)."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images.subset(order[:count])

@@ -216,7 +216,10 @@ def test_an_impossible_budget_names_what_can_be_reached(small):
 
 
 BAD = {
-    "no budget": ({}, "exactly one of macs, params, ratio, per_group; got none"),
+    "no budget": (
+        {},
+        "exactly one of macs, params, activations, latency, ratio, per_group; got none",
+    ),
     "two budgets": (dict(macs=0.5, ratio=0.5), "got macs, ratio"),
     "zero": (dict(macs=0.0), r"macs must be a fraction to keep, in \(0, 1\].*got 0.0"),
     "above one": (dict(params=1.5), "params must be a fraction.*got 1.5"),

@@ -173,6 +173,11 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
         ({"macs": 0.01}, "0.01"),
         ({"macs": 1.5}, "1.5"),
         ({"macs": None, "ratio": 1.0}, "1.0"),
+        ({"macs": None, "latency": "5"}, "latency must be a fraction"),
+        ({"macs": None, "latency": 0.5, "latency-table": "missing.json"}, "'missing.json'"),
+        ({"latency-table": "table.json"}, "latency_table is given, but the budget is not"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"minimum": 0}, "minimum must be an integer >= 1; got 0"),
         ({"images": 0}, "images must be at least 1, got 0"),
         ({"device": "tpu"}, "device must be auto or one of cpu"),
         ({"epochs": 1, "learning-rate": -1}, "learning_rate"),
@@ -219,6 +224,154 @@ def test_a_run_whose_weights_changed_under_their_name_is_refused(inputs, tmp_pat
     torch.save(state, weights)
     capsys.readouterr()
     assert "holds a run with content of weights=" in complaint(capsys, command)
+
+
+ROUNDS = {"rounds": 3, "allocation": "optimal", "macs": 0.4, "minimum": 2}
+
+
+@pytest.fixture(scope="module")
+def in_rounds(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("rounds") / "run"
+    assert cli.main(prune_command(inputs, output, **ROUNDS)) == 0
+    return output
+
+
+def test_rounds_reach_the_budget_by_equal_factors(in_rounds):
+    report = json.loads((in_rounds / "report.json").read_text())
+    assert [row["stage"] for row in report["stages"]] == [
+        "plain",
+        "pruned, round 1",
+        "re-estimated, round 1",
+        "pruned, round 2",
+        "re-estimated, round 2",
+        "pruned",
+        "re-estimated",
+    ]
+    macs = {row["stage"]: row["MACs"] for row in report["stages"]}
+    for stage, share in (("pruned, round 1", 0.4 ** (1 / 3)), ("pruned, round 2", 0.4 ** (2 / 3))):
+        assert 0.95 * share < macs[stage] / macs["plain"] <= share
+    assert 0.38 < macs["pruned"] / macs["plain"] <= 0.4
+    assert sorted(p.name for p in in_rounds.iterdir()) == [
+        "plan.json",
+        "report.json",
+        "settings.json",
+        "slim.safetensors",
+    ]
+
+
+def test_the_plan_of_all_rounds_is_for_the_plain_model(in_rounds, inputs):
+    plan = ccp_ext.PruningPlan.load(in_rounds / "plan.json")
+    model = ccp_ext.prune(models.create("resnet8"), plan)
+    slim = ccp_ext.load(in_rounds / "slim.safetensors", lambda: models.create("resnet8"))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in slim.state_dict().items()}
+    # The weights that stay are those of the plain model at the plan's positions.
+    plain = torch.load(inputs / "weights.th", weights_only=True)["state_dict"]
+    cut = plan.modules["layer2.0.conv1"]
+    expected = plain["module.layer2.0.conv1.weight"][list(cut.out)]
+    assert torch.equal(slim.state_dict()["layer2.0.conv1.weight"], expected)
+    assert all(len(group.kept) >= 2 for group in plan.groups.values())
+
+
+def test_each_round_is_measured_against_its_forecast(in_rounds, whole):
+    rows = json.loads((in_rounds / "report.json").read_text())["forecast"]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["loss change"] == row["loss after"] - row["loss before"]
+        assert row["objective"] > 0
+    rows = json.loads((whole / "report.json").read_text())["forecast"]
+    assert [row["round"] for row in rows] == [1]
+    plan = ccp_ext.PruningPlan.load(whole / "plan.json")
+    assert rows[0]["objective"] == plan.record["allocation"]["objective"]
+
+
+@pytest.mark.parametrize("stage", ["pruned, round 1", "statistics2.pt", "re-estimated, round 2"])
+def test_interrupted_rounds_go_on_to_the_same_model(
+    stage, in_rounds, inputs, tmp_path, monkeypatch
+):
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        record, save = pipeline._Recorder.record, pipeline._save_statistics
+
+        def stopped_record(self, name, model):
+            if name == stage:
+                raise KeyboardInterrupt
+            record(self, name, model)
+
+        def stopped_save(stats, checkpoint, batches):
+            save(stats, checkpoint, batches)
+            if checkpoint.name == stage:
+                raise KeyboardInterrupt
+
+        patch.setattr(pipeline._Recorder, "record", stopped_record)
+        patch.setattr(pipeline, "_save_statistics", stopped_save)
+        assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 130
+    assert not (broken / "report.json").exists()
+    assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 0
+    assert (broken / "slim.safetensors").read_bytes() == (
+        in_rounds / "slim.safetensors"
+    ).read_bytes()
+    forecasts = [
+        json.loads((folder / "report.json").read_text())["forecast"]
+        for folder in (broken, in_rounds)
+    ]
+    assert forecasts[0] == forecasts[1]
+
+
+@pytest.mark.parametrize("criterion", ["ccp", "l1"])
+def test_a_ratio_in_rounds_ends_with_the_same_counts(criterion, inputs, tmp_path):
+    counts = []
+    for rounds in (1, 2):
+        output = tmp_path / f"{rounds}"
+        changes = {"macs": None, "ratio": 0.55, "rounds": rounds, "criterion": criterion}
+        assert cli.main(prune_command(inputs, output, **changes)) == 0
+        plan = ccp_ext.PruningPlan.load(output / "plan.json")
+        counts.append({name: len(group.kept) for name, group in plan.groups.items()})
+    assert counts[0] == counts[1]
+
+
+def weights_in_tiles(module, arguments):
+    """The milliseconds of a made-up machine: 8 outputs take as long as 1."""
+    weights = [m.weight for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+    return float(sum(-(-len(w) // 8) * w[0].numel() for w in weights))
+
+
+def test_a_latency_budget_measures_a_table_once(inputs, tmp_path, capsys, monkeypatch):
+    measured = pipeline.measure.latency_table
+    monkeypatch.setattr(
+        pipeline.measure,
+        "latency_table",
+        lambda *arguments: measured(*arguments, timer=weights_in_tiles),
+    )
+    output = tmp_path / "run"
+    command = prune_command(inputs, output, macs=None, latency=0.7, criterion="l1", rounds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline._Recorder, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert cli.main(command) == 130
+    table = ccp_ext.LatencyTable.load(output / "latency.json")
+    assert cli.main(command) == 0
+    assert ccp_ext.LatencyTable.load(output / "latency.json") == table
+    model = models.create("resnet8")
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, SIZE, SIZE))
+    plan = ccp_ext.PruningPlan.load(output / "plan.json")
+    keep = {name: len(group.kept) for name, group in plan.groups.items()}
+    assert table.predict(graph, keep) <= 0.7 * table.milliseconds
+
+    saved = prune_command(
+        inputs,
+        tmp_path / "again",
+        **{"macs": None, "latency": f"{0.7 * table.milliseconds}ms"},
+        **{"latency-table": output / "latency.json", "criterion": "l1", "rounds": 2},
+    )
+    assert cli.main(saved) == 0
+    again = ccp_ext.PruningPlan.load(tmp_path / "again" / "plan.json")
+    assert again.groups == plan.groups
+    content = json.loads((output / "latency.json").read_text())
+    (output / "latency.json").write_text(json.dumps({**content, "device": "another"}))
+    capsys.readouterr()
+    assert "content of latency_table" in complaint(capsys, saved)
 
 
 def test_only_training_images_decide(inputs, tmp_path, monkeypatch):

@@ -64,6 +64,57 @@ def test_padded_shortcuts_tie_the_middle_channels_of_a_wider_stage():
     assert graph["layer3.0.conv2"].coupled
 
 
+RESOURCE_NETWORKS = {
+    **{make.__name__: (make, IMAGES) for make in SMALL_NETWORKS},
+    "resnet8": (RESNET8, (1, 3, 16, 16)),
+    "mobilenetv2": (NARROW_MOBILENET, (1, 3, 16, 16)),
+}
+
+
+def elements_put_out(model, x):
+    """Elements of the outputs of all convolutions and linear layers, in one forward pass."""
+    total = 0
+
+    def count(module, args, out):
+        nonlocal total
+        total += out.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    output(model, x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("name", RESOURCE_NETWORKS)
+def test_the_forms_are_the_costs_of_the_pruned_model(name):
+    make, shape = RESOURCE_NETWORKS[name]
+    model, x = make(), torch.randn(shape)
+    graph = graph_of(model, shape)
+    for seed, share in enumerate((0.3, 0.6, 1.0)):
+        plan = random_plan(graph, share, seed)
+        keep = {name: len(group.kept) for name, group in plan.groups.items()}
+        slim = surgery.prune(copy.deepcopy(model), plan)
+        assert graph.resource("macs")(keep) == measure.macs(slim, x)
+        assert graph.resource("params")(keep) == measure.parameters(slim)
+        assert graph.resource("activations")(keep) == elements_put_out(slim, x)
+        inner = {g.name: keep[g.name] for g in graph.inner.groups}
+        assert graph.inner.resource("macs")(inner) == graph.macs(inner)
+
+
+def test_forms_have_products_squares_and_no_negative_coefficient():
+    graph = graph_of(InPlace())
+    form = graph.resource("macs")
+    stream, wide = (g.name for g in graph.groups)
+    assert form.products == {(stream, stream): 2 * 64 * 9, (wide, stream): 2 * 64}
+    assert form.linear == {stream: 2 * 64 * 27, wide: 2 * 64 * 5}
+    # The image and the classes stay.
+    assert form.constant == 0
+    with pytest.raises(InputError, match="resource must be one of macs.*got 'flops'"):
+        graph.resource("flops")
+
+
 def test_groups_name_producers_norms_and_consumers():
     group = graph_of(models.create("resnet8"), (1, 3, 16, 16))["layer1.0.conv1"]
     whole = tuple((i,) for i in range(16))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ccp_ext
-from ccp_ext import Cost, InputError, criteria, make_plan, models
+from ccp_ext import Cost, InputError, criteria, make_plan, models, planning
+from ccp_ext.cost import SearchedCost
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,93 @@ def test_kept_counts_are_multiples(graph):
     assert all(len(group.kept) % 8 == 0 for group in plan.groups.values())
 
 
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.4}, {"activations": 0.8}])
+def test_optimal_plans_cost_no_more_than_uniform_ones_and_have_a_bound(graph, budget):
+    costs = random_costs(graph)
+    uniform = make_plan(graph, costs, **budget)
+    optimal = make_plan(graph, costs, **budget, allocation="optimal")
+    for plan in (uniform, optimal):
+        note = plan.record["allocation"]
+        total = 0.0
+        for group in graph.groups:
+            removed = torch.ones(group.channels, dtype=torch.bool)
+            removed[list(plan.groups[group.name].kept)] = False
+            total += costs[group.name].objective(removed)
+        assert note["objective"] == pytest.approx(total, rel=1e-6)
+        assert note["achieved"] <= note["budget"]
+    summary = optimal.record["allocation"]
+    assert summary["method"] == "optimal" and summary["relaxed"] == 0
+    assert summary["objective"] < uniform.record["allocation"]["objective"]
+    assert summary["lower_bound"] <= summary["objective"]
+    assert summary["gap"] == summary["objective"] - summary["lower_bound"]
+    assert "lower_bound" not in uniform.record["allocation"]
+
+
+def test_wide_groups_are_allocated_over_evenly_spaced_counts(graph, monkeypatch):
+    monkeypatch.setattr(planning, "CURVE_COUNTS", 5)
+    plan = make_plan(graph, random_costs(graph), macs=0.5, allocation="optimal")
+    for group in graph.groups:
+        counts = [1 + k * (group.channels - 1) // 4 for k in range(5)]
+        assert len(plan.groups[group.name].kept) in counts
+    note = plan.record["allocation"]
+    assert note["lower_bound"] <= note["objective"]
+
+
+def test_what_leaves_nothing_to_choose_is_the_same_for_both_allocations(graph):
+    costs = random_costs(graph)
+    uniform = make_plan(graph, costs, ratio=0.5)
+    assert make_plan(graph, costs, ratio=0.5, allocation="optimal").groups == uniform.groups
+
+
+def test_costs_with_a_search_of_their_own_are_allocated_without_a_bound(graph):
+    costs = random_costs(graph)
+    name = graph.groups[0].name
+    cost = costs[name]
+    first = lambda r: torch.arange(cost.channels) < r  # noqa: E731
+    costs[name] = SearchedCost(cost.S, cost.u, search=first)
+    plan = make_plan(graph, costs, macs=0.5, allocation="optimal")
+    kept = plan.groups[name].kept
+    assert kept == tuple(range(cost.channels - len(kept), cost.channels))
+    assert "lower_bound" not in plan.record["allocation"]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "optimal"])
+def test_rules_on_the_counts_hold(graph, allocation):
+    first, second, third = (g.name for g in graph.groups)
+    plan = make_plan(
+        graph,
+        random_costs(graph),
+        macs=0.7,
+        allocation=allocation,
+        multiple={first: 4},
+        minimum=2,
+        floors={second: 20},
+        ceilings={third: 30},
+        protected=[first],
+    )
+    kept = {name: len(group.kept) for name, group in plan.groups.items()}
+    assert kept[first] == graph[first].channels and kept[second] >= 20 and 2 <= kept[third] <= 30
+
+
+def test_latency_budgets_make_plans(graph):
+    model = models.create("resnet8").eval()
+    example = torch.randn(1, 3, 16, 16)
+
+    def outputs(module, arguments):
+        weights = [m.weight for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+        return float(sum(-(-len(weight) // 8) for weight in weights))
+
+    table = ccp_ext.measure.latency_table(model, graph, example, 8, timer=outputs)
+    for allocation in ("uniform", "optimal"):
+        plan = make_plan(
+            graph, random_costs(graph), latency=0.8, latency_table=table, allocation=allocation
+        )
+        keep = {name: len(group.kept) for name, group in plan.groups.items()}
+        assert plan.record["budget"] == {"latency": 0.8}
+        assert plan.record["allocation"]["achieved"] == table.predict(graph, keep)
+        assert table.predict(graph, keep) <= 0.8 * table.milliseconds
+
+
 def test_bad_costs_are_named(graph):
     costs = random_costs(graph)
     name = graph.groups[0].name
@@ -68,3 +156,5 @@ def test_bad_costs_are_named(graph):
         make_plan(graph, {**costs, name: Cost(u=torch.zeros(3))}, ratio=0.5)
     with pytest.raises(InputError, match="exactly one of"):
         make_plan(graph, costs)
+    with pytest.raises(InputError, match="allocation must be one of uniform, optimal; got 'best'"):
+        make_plan(graph, costs, macs=0.5, allocation="best")

@@ -521,17 +521,18 @@ import numpy as np
 from ccp_ext import _solver
 
 a = np.random.default_rng(0).normal(size=(200, 60))
+b = np.random.default_rng(1).normal(size=(150, 150))
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     {call}
 except KeyboardInterrupt:
     print("interrupted")
 """
-# 10^17 subsets, or a tree of ties: the calls end only if the timer's thread may run and the signal
+# 10^17 subsets, or a tree of as many nodes: the calls end only if the timer's thread may run and the signal
 # is seen.
 ENDLESS = {
     "enumerate": "_solver.enumerate(a.T @ a, np.zeros(60), 30)",
-    "branch_and_bound": "_solver.branch_and_bound(np.eye(60), np.zeros(60), 30, 0.0, math.inf, "
+    "branch_and_bound": "_solver.branch_and_bound(b.T @ b, np.zeros(150), 75, 1e-9, math.inf, "
     "2**62, 0.0, 0)",
 }
 

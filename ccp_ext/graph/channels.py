@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
+from ccp_ext.resource import Affine, Resource
 
 SCOPES = ("inner", "coupled", "all")
+RESOURCES = ("macs", "params", "activations")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Layer:
     """A module whose weight has channels, and what they cost.
 
     The module has ``out * (inputs * pair_parameters + out_parameters)`` parameters and
-    ``out * inputs * pair_macs`` multiply-accumulate operations in one forward pass.
+    ``out * inputs * pair_macs`` multiply-accumulate operations and ``out * positions`` elements in
+    its output in one forward pass; ``positions`` is 0 for a module that is no convolution or linear
+    layer.
     """
 
     module: str
@@ -105,6 +109,7 @@ class Layer:
     pair_parameters: int
     out_parameters: int
     pair_macs: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -192,25 +197,62 @@ class ChannelGraph:
         Raises:
             InputError: unknown group, or a count outside of 1 to its channels.
         """
-        size = self._sizes(keep)
-        return self.other_macs + sum(
-            size(layer.module, "out", layer.out)
-            * size(layer.module, "in", layer.inputs)
-            * layer.pair_macs
-            for layer in self.layers
-        )
+        return self.resource("macs")(self.counts(keep))
 
     def parameters(self, keep: Mapping[str, int] | None = None) -> int:
         """Parameters of the whole model; arguments and errors as in :meth:`macs`."""
-        size = self._sizes(keep)
-        return self.other_parameters + sum(
-            size(layer.module, "out", layer.out)
-            * (
-                size(layer.module, "in", layer.inputs) * layer.pair_parameters
-                + layer.out_parameters
-            )
+        return self.resource("params")(self.counts(keep))
+
+    def activations(self, keep: Mapping[str, int] | None = None) -> int:
+        """Elements of the outputs of all convolutions and linear layers.
+
+        For one forward pass on inputs of the traced shapes, all samples. This is the measure of I.
+        Radosavovic et al., "Designing network design spaces", CVPR 2020, with linear layers: it
+        goes with the memory that training needs and with the time of memory-bound passes.
+        Arguments and errors as in :meth:`macs`.
+        """
+        return self.resource("activations")(self.counts(keep))
+
+    def counts(self, keep: Mapping[str, int] | None = None) -> dict[str, int]:
+        """The keep count of every group; arguments and errors as in :meth:`macs`."""
+        for name, count in (keep or {}).items():
+            channels = self[name].channels
+            if not 1 <= count <= channels:
+                raise InputError(f"group {name!r} can keep 1 to {channels} channels; got {count!r}")
+        return {group.name: group.channels for group in self.groups} | dict(keep or {})
+
+    def resource(self, kind: str) -> Resource:
+        """MACs ("macs"), parameters ("params") or activations as a form in the keep counts.
+
+        Raises:
+            InputError: unknown kind.
+        """
+        if kind not in RESOURCES:
+            raise InputError(f"resource must be one of {', '.join(RESOURCES)}; got {kind!r}")
+        if kind not in self._resources:
+            self._resources[kind] = self._make_resource(kind)
+        return self._resources[kind]
+
+    def sides(self) -> dict[str, tuple[Affine, Affine]]:
+        """(out, inputs) of each layer by path, as functions of the keep counts."""
+        removed: dict[tuple[str, str], dict[str, int]] = {}
+        full: dict[tuple[str, str], int] = {}
+        for layer in self.layers:
+            full[layer.module, "out"], full[layer.module, "in"] = layer.out, layer.inputs
+        for group in self.groups:
+            for part in group.members:
+                weights = removed.setdefault((part.module, part.axis), {})
+                weights[group.name] = weights.get(group.name, 0) + len(part.index[0])
+
+        def side(key: tuple[str, str]) -> Affine:
+            weights = removed.get(key, {})
+            whole = sum(weight * self[name].channels for name, weight in weights.items())
+            return Affine(full[key] - whole, weights)
+
+        return {
+            layer.module: (side((layer.module, "out")), side((layer.module, "in")))
             for layer in self.layers
-        )
+        }
 
     def with_totals(self, macs: int, parameters: int) -> ChannelGraph:
         """The graph with what the layers do not account for set by the totals of the model."""
@@ -241,20 +283,24 @@ class ChannelGraph:
     def _by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
 
-    def _sizes(self, keep: Mapping[str, int] | None):
-        """A function (module, axis, full size) -> size that is left."""
-        removed: dict[tuple[str, str], int] = {}
-        for name, count in (keep or {}).items():
-            group = self[name]
-            if not 1 <= count <= group.channels:
-                raise InputError(
-                    f"group {name!r} can keep 1 to {group.channels} channels; got {count!r}"
-                )
-            for part in group.members:
-                key = part.module, part.axis
-                positions = (group.channels - count) * len(part.index[0])
-                removed[key] = removed.get(key, 0) + positions
-        return lambda module, axis, full: full - removed.get((module, axis), 0)
+    @cached_property
+    def _resources(self) -> dict[str, Resource]:
+        return {}
+
+    def _make_resource(self, kind: str) -> Resource:
+        one, terms = Affine(1), []
+        sides = self.sides()
+        for layer in self.layers:
+            out, inputs = sides[layer.module]
+            if kind == "macs":
+                terms.append((layer.pair_macs, out, inputs))
+            elif kind == "params":
+                terms.append((layer.pair_parameters, out, inputs))
+                terms.append((layer.out_parameters, out, one))
+            else:
+                terms.append((layer.positions, out, one))
+        other = {"macs": self.other_macs, "params": self.other_parameters, "activations": 0}
+        return Resource.of_products(other[kind], terms)
 
 
 def _cut_layer(layer: Layer, removed: Mapping[tuple[str, str], set[int]]) -> Cut:

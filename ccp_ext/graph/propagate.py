@@ -36,6 +36,7 @@ class Record:
         out: atom of each output channel.
         inputs: atom of each input channel; empty unless dense.
         pair_macs: multiply-accumulate operations for a pair of an output and an input channel.
+        positions: elements of the output in one channel; 0 unless a convolution or linear layer.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Record:
     out: tuple[int, ...]
     inputs: tuple[int, ...] = ()
     pair_macs: int = 0
+    positions: int = 0
     nodes: list[Node] = field(default_factory=list)
 
 

@@ -132,6 +132,7 @@ def _dense(
         detail = f"its weight is not the parameter of a plain {kind} module"
         return state.opaque(node, outputs, detail)
     record = state.record(node, module, "dense", outputs)
+    record.positions += positions
     record.pair_macs += positions * math.prod(module.weight.shape[2:])
     source = argument["input"]
     channels = state.maps.get(source)
@@ -154,6 +155,7 @@ def _depthwise(
     multiplier = shape(node)[dim] // len(channels.atoms)
     atoms = tuple(atom for atom in channels.atoms for _ in range(multiplier))
     record = state.record(node, module, "channelwise", atoms)
+    record.positions += positions
     record.pair_macs += positions * math.prod(module.weight.shape[2:])
     state.channelwise_nodes.add(node)
     return atoms
@@ -173,6 +175,7 @@ def _fixed_layer(
     if module is None:
         return state.opaque(node, outputs, detail)
     record = state.record(node, module, "dense", outputs)
+    record.positions += positions
     record.pair_macs += positions * math.prod(module.weight.shape[2:])
     state.read(record, (FOREIGN,) * module.weight.shape[1])
     state.give_up(node, detail)

@@ -167,6 +167,7 @@ def _layer(record: Record) -> Layer:
         pair_parameters=math.prod(weight.shape[2:]) if has_kernel else 0,
         out_parameters=sum(tensor.dim() == 1 for tensor in tensors.values()),
         pair_macs=record.pair_macs,
+        positions=record.positions,
     )
 
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels.h"
 #include "problem.h"
 #include "random.h"
 
@@ -30,6 +31,7 @@ class Annealing {
       }
       const Index in = generator_.below(others_.size());
       const Index out = generator_.below(chosen_.size());
+      if (problem_.weight[others_[in]] != problem_.weight[chosen_[out]]) continue;
       const double rise = change(others_[in], chosen_[out]);
       if (rise > 0 &&
           (rise > kNever * temperature || generator_.unit() >= std::exp(-rise / temperature))) {
@@ -69,7 +71,7 @@ class Annealing {
     mask_[leave] = 0;
     const double* plus = problem_.row(enter);
     const double* minus = problem_.row(leave);
-    for (Index j = 0; j < problem_.size; ++j) gradient_[j] += plus[j] - minus[j];
+    rows.add_difference(problem_.size, 1, plus, minus, gradient_.data());
   }
 
   static constexpr std::int64_t kStage = 1024;

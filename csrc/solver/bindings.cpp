@@ -1,12 +1,19 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <stdexcept>
+#include <vector>
 
+#include "conjugate.h"
+#include "curve.h"
 #include "problem.h"
+#include "swap.h"
 
 namespace py = pybind11;
 namespace solver = ccp::solver;
@@ -32,12 +39,36 @@ class SignalCheck {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-solver::Problem make_problem(const Doubles& quadratic, const Doubles& linear) {
+solver::Problem make_problem(const Doubles& quadratic, const Doubles& linear,
+                             const std::optional<Doubles>& weight = std::nullopt) {
   const Index size = linear.ndim() == 1 ? linear.shape(0) : -1;
   if (quadratic.ndim() != 2 || quadratic.shape(0) != size || quadratic.shape(1) != size) {
     throw std::invalid_argument("expected quadratic [n, n] and linear [n]");
   }
-  return {size, quadratic.data(), {linear.data(), linear.data() + size}};
+  std::vector<double> weights(size, 1);
+  if (weight) {
+    if (weight->ndim() != 1 || weight->shape(0) != size) {
+      throw std::invalid_argument("expected weight [n]");
+    }
+    weights.assign(weight->data(), weight->data() + size);
+  }
+  return {size, quadratic.data(), {linear.data(), linear.data() + size}, std::move(weights)};
+}
+
+std::chrono::steady_clock::time_point deadline_in(double seconds) {
+  // A century of waiting is forever, and does not overflow the clock.
+  const auto patience = std::chrono::duration<double>(std::min(seconds, 3e9));
+  return std::chrono::steady_clock::now() +
+         std::chrono::duration_cast<std::chrono::steady_clock::duration>(patience);
+}
+
+// Calls a Python function of the least cost and the lower bound; None is no report.
+solver::Report to_report(const py::object& progress) {
+  if (progress.is_none()) return nullptr;
+  return [&progress](double objective, double bound) {
+    py::gil_scoped_acquire lock;
+    progress(objective, bound);
+  };
 }
 
 void check_count(Index size, Index r) {
@@ -102,25 +133,80 @@ Bools enumerate(const Doubles& quadratic, const Doubles& linear, Index r) {
 
 py::tuple branch_and_bound(const Doubles& quadratic, const Doubles& linear, Index r, double defect,
                            double time_limit, std::int64_t node_limit, double gap,
-                           std::uint64_t seed) {
-  const auto begin = std::chrono::steady_clock::now();
-  // A century of waiting is forever, and does not overflow the clock.
-  const auto patience = std::chrono::duration<double>(std::min(time_limit, 3e9));
-  const solver::Limits limits{
-      begin + std::chrono::duration_cast<std::chrono::steady_clock::duration>(patience), node_limit,
-      gap};
-  const solver::Problem problem = make_problem(quadratic, linear);
-  check_count(problem.size, r);
+                           std::uint64_t seed, const std::optional<Doubles>& weight,
+                           const py::object& progress) {
+  const solver::Limits limits{deadline_in(time_limit), node_limit, gap};
+  const solver::Problem problem = make_problem(quadratic, linear, weight);
+  if (!weight) check_count(problem.size, r);
+  const solver::Report report = to_report(progress);
   const auto found = without_lock([&](const solver::Checkpoint& checkpoint) {
-    return solver::branch_and_bound(problem, r, defect, limits, seed, checkpoint);
+    return solver::branch_and_bound(problem, r, defect, limits, seed, report, checkpoint);
   });
   return py::make_tuple(to_array(found.mask), found.lower_bound, found.complete, found.tolerance,
                         found.nodes);
 }
 
+Bools round_relaxation(const Doubles& quadratic, const Doubles& linear, Index r, double time_limit,
+                       const std::optional<Doubles>& weight) {
+  const solver::Limits limits{deadline_in(time_limit), 0, 0};
+  const solver::Problem problem = make_problem(quadratic, linear, weight);
+  if (!weight) check_count(problem.size, r);
+  return to_array(without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::round_relaxation(problem, r, limits, checkpoint);
+  }));
+}
+
+py::tuple curve(const Doubles& quadratic, const Doubles& linear, const std::vector<Index>& counts,
+                double defect, double time_limit) {
+  const auto deadline = deadline_in(time_limit);
+  const solver::Problem problem = make_problem(quadratic, linear);
+  for (Index count : counts) check_count(problem.size, count);
+  if (!std::is_sorted(counts.begin(), counts.end())) {
+    throw std::invalid_argument("expected ascending counts");
+  }
+  const auto points = without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::curve(problem, counts, defect, deadline, checkpoint);
+  });
+  const py::ssize_t size = static_cast<py::ssize_t>(points.size());
+  Doubles objective(size), bound(size);
+  Bools masks({size, static_cast<py::ssize_t>(problem.size)});
+  for (py::ssize_t k = 0; k < size; ++k) {
+    objective.mutable_at(k) = points[k].objective;
+    bound.mutable_at(k) = points[k].lower_bound;
+    std::copy(points[k].mask.begin(), points[k].mask.end(),
+              masks.mutable_data() + k * problem.size);
+  }
+  return py::make_tuple(objective, bound, masks);
+}
+
 Bools random_subset(Index size, Index r, std::uint64_t seed) {
   check_count(size, r);
   return to_array(solver::random_subset(size, r, seed));
+}
+
+std::vector<double> to_vector(const Doubles& array) {
+  if (array.ndim() != 1) throw std::invalid_argument("expected a vector");
+  return {array.data(), array.data() + array.shape(0)};
+}
+
+Doubles conjugate(const Doubles& values, const Doubles& points, const Doubles& offset,
+                  const Doubles& step) {
+  const auto x = to_vector(points), t0 = to_vector(offset), t1 = to_vector(step);
+  const auto size = static_cast<py::ssize_t>(x.size()), rows = static_cast<py::ssize_t>(t0.size());
+  if (values.ndim() != 2 || size == 0 || values.shape(1) != size || values.shape(0) == 0 ||
+      rows % values.shape(0) != 0) {
+    throw std::invalid_argument("expected values [r, n], points [n], offset [m r] and step [k]");
+  }
+  const bool increasing = std::adjacent_find(x.begin(), x.end(), std::greater_equal<>()) == x.end();
+  if (!increasing || !std::is_sorted(t1.begin(), t1.end())) {
+    throw std::invalid_argument("expected increasing points and a step that does not decrease");
+  }
+  Doubles result({rows, static_cast<py::ssize_t>(t1.size())});
+  double* const out = result.mutable_data();
+  const Index repeat = rows / values.shape(0);
+  py::gil_scoped_release unlock;
+  solver::conjugate(values.data(), x, repeat, t0, t1, out);
+  return result;
 }
 
 }  // namespace
@@ -137,6 +223,15 @@ PYBIND11_MODULE(_solver, module) {
   module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
   module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
-             py::arg("gap"), py::arg("seed"), "(mask, lower bound, complete, tolerance, nodes)");
+             py::arg("gap"), py::arg("seed"), py::arg("weight") = py::none(),
+             py::arg("progress") = py::none(), "(mask, lower bound, complete, tolerance, nodes)");
+  module.def("round_relaxation", &round_relaxation, py::arg("quadratic"), py::arg("linear"),
+             py::arg("r"), py::arg("time_limit"), py::arg("weight") = py::none());
+  module.def("curve", &curve, py::arg("quadratic"), py::arg("linear"), py::arg("counts"),
+             py::arg("defect"), py::arg("time_limit"),
+             "(objective [K], lower bound [K], masks [K, n]) for ascending counts [K]");
+  module.def("conjugate", &conjugate, py::arg("values"), py::arg("points"), py::arg("offset"),
+             py::arg("step"),
+             "[m r, k] of min_j values[i // m, j] + (offset[i] + step[k]) * points[j]");
   module.def("random_subset", &random_subset, py::arg("size"), py::arg("r"), py::arg("seed"));
 }

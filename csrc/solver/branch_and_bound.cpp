@@ -1,70 +1,53 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <stdexcept>
 #include <utility>
 
 #include "branching.h"
+#include "core.h"
+#include "kernels.h"
 #include "problem.h"
 #include "relaxation.h"
+#include "rounding.h"
+#include "swap.h"
 
 namespace ccp::solver {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The channels that a root bound leaves open, as a problem of their own.
-struct Core {
-  std::vector<double> quadratic;
-  std::vector<Index> channels;  // of the whole problem
-  Mask fixed;                   // the whole problem's mask with the core at 0
-  Problem problem;              // points into `quadratic`, which keeps its place when moved
-  Index ones;
-};
-
-// S and c among the free channels, given the channels fixed to one.
-Relaxation restrict(const Problem& problem, const std::vector<Index>& free, const Mask& fixed,
-                    Index ones, std::vector<double>& storage) {
-  const Index size = static_cast<Index>(free.size());
-  storage.resize(size * size);
-  std::vector<double> linear(size);
-  for (Index k = 0; k < size; ++k) linear[k] = -problem.linear[free[k]];
-  for (Index i = 0; i < problem.size; ++i) {
-    if (!fixed[i]) continue;
-    const double* row = problem.row(i);
-    for (Index k = 0; k < size; ++k) linear[k] += row[free[k]];
-  }
-  for (Index i = 0; i < size; ++i) {
-    const double* row = problem.row(free[i]);
-    for (Index k = 0; k < size; ++k) storage[i * size + k] = row[free[k]];
-  }
-  return {size, storage.data(), size, std::move(linear), ones};
+double weight_of(const Problem& problem, const Mask& mask) {
+  double total = 0;
+  for (Index i = 0; i < problem.size; ++i) total += mask[i] ? problem.weight[i] : 0;
+  return total;
 }
 
-Core make_core(const Problem& problem, const std::vector<char>& state, Index r) {
-  Core core;
-  core.fixed.assign(problem.size, 0);
-  core.ones = r;
-  for (Index i = 0; i < problem.size; ++i) {
-    if (state[i] == kFree) core.channels.push_back(i);
-    if (state[i] == 1) {
-      core.fixed[i] = 1;
-      --core.ones;
-    }
-  }
-  const Relaxation inner = restrict(problem, core.channels, core.fixed, core.ones, core.quadratic);
-  core.problem = {inner.size, core.quadratic.data(), inner.linear, objective(problem, core.fixed)};
-  for (double& value : core.problem.linear) value = -value;
-  return core;
+Relaxation without_last(const Relaxation& inner, Index removed) {
+  const Index size = inner.size - removed;
+  return {size,
+          inner.quadratic,
+          inner.stride,
+          {inner.linear.begin(), inner.linear.begin() + size},
+          {inner.capacity.begin(), inner.capacity.begin() + size},
+          inner.total};
 }
 
-// The positions of the largest entries; of equal ones, the first.
-std::vector<Index> largest(const std::vector<double>& x, Index count) {
-  std::vector<Index> order(x.size());
-  std::iota(order.begin(), order.end(), Index{0});
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return x[a] > x[b]; });
-  order.resize(count);
-  return order;
+// Fixes the last channel, which `child` lacks, at one; returns what it costs by itself.
+double fix_last_at_one(const Relaxation& inner, Relaxation& child) {
+  const Index last = child.size;
+  const double weight = inner.capacity[last];
+  rows.add(last, weight, inner.row(last), child.linear.data());
+  child.total -= weight;
+  return weight * (inner.linear[last] + 0.5 * weight * inner.row(last)[last]);
+}
+
+bool feasible(const Relaxation& relaxation) {
+  const std::vector<double>& capacity = relaxation.capacity;
+  const double most = std::accumulate(capacity.begin(), capacity.end(), 0.0);
+  return 0 <= relaxation.total && relaxation.total <= most;
 }
 
 struct Node {
@@ -78,36 +61,58 @@ struct Node {
   }
 };
 
+// The open channels of a node. Those that the branching fixes come last.
+struct Open {
+  std::vector<Index> channels;  // of the core
+  std::vector<double> x;
+  std::vector<double> response;  // to a unit of the branching channel
+
+  void move_to(Index place, Index channel) {
+    const Index k = std::find(channels.begin(), channels.end(), channel) - channels.begin();
+    std::swap(channels[k], channels[place]);
+    std::swap(x[k], x[place]);
+    std::swap(response[k], response[place]);
+  }
+};
+
 class Search {
  public:
   Search(const Problem& problem, Index r, double defect, const Limits& limits, std::uint64_t seed,
-         const Checkpoint& checkpoint)
+         const Report& report, const Checkpoint& checkpoint)
       : problem_(problem),
         r_(r),
         limits_(limits),
         seed_(seed),
+        report_(report),
         checkpoint_(checkpoint),
         expired_([this] {
           checkpoint_();
           return std::chrono::steady_clock::now() >= limits_.deadline;
-        }) {
+        }),
+        swaps_(problem) {
     double rounding = 0;
     for (double error : gradient_error(problem)) rounding += error;
+    const double heaviest =
+        problem.size ? *std::max_element(problem.weight.begin(), problem.weight.end()) : 1;
+    const double total = std::accumulate(problem.weight.begin(), problem.weight.end(), 0.0);
     // Constant, linear terms, gradient and dual value of a node each err by no more than the total.
-    slack_ = 4 * rounding + defect * std::min(r, problem.size - r);
+    // Twice that where dividing by the weights rounds, too.
+    slack_ = (heaviest == 1 ? 4 : 8) * rounding + defect * heaviest * std::min(1.0 * r, total - r);
     tolerance_ = 2 * slack_ + 4 * rounding;
   }
 
   Certified run() {
-    for (Mask& start : greedy(problem_, r_, checkpoint_)) {
-      consider(swap_descent(problem_, std::move(start), checkpoint_));
-    }
+    start();
     const Relaxed root = solve_root();
-    Mask rounded(problem_.size, 0);
-    for (Index i : largest(root.x, r_)) rounded[i] = 1;
-    consider(swap_descent(problem_, std::move(rounded), checkpoint_));
+    consider_rounded(root);
     if (bound_ < cutoff()) search(root);
     return {best_, std::min(bound_, least_), bound_ >= cutoff(), tolerance_, expanded_};
+  }
+
+  Mask round() {
+    start();
+    consider_rounded(solve_root());
+    return best_;
   }
 
  private:
@@ -121,24 +126,45 @@ class Search {
     }
   }
 
+  void start() {
+    if (all_ones(problem_.weight)) {
+      for (const Mask& mask : greedy(problem_, r_, checkpoint_)) {
+        consider(swaps_.run(mask, checkpoint_));
+      }
+      return;
+    }
+    std::vector<double> alone(problem_.size);
+    for (Index i = 0; i < problem_.size; ++i) {
+      alone[i] = 0.5 * problem_.diagonal(i) - problem_.linear[i];
+    }
+    const Mask mask = least_scores(alone, problem_.weight, r_, kMostRoundedAtRoot);
+    if (mask.empty()) throw std::invalid_argument("no mask of this weight was found");
+    consider(swaps_.run(mask, checkpoint_));
+  }
+
   Relaxed solve_root() {
-    Relaxation whole{problem_.size, problem_.quadratic, problem_.size, problem_.linear, r_};
-    for (double& value : whole.linear) value = -value;
-    const std::vector<double> start(best_.begin(), best_.end());
-    Relaxed root = relax(whole, start, {kInfinity, tolerance_, expired_});
+    std::vector<double> x(problem_.weight);
+    for (Index i = 0; i < problem_.size; ++i) x[i] *= best_[i];
+    const Relaxed root = relax(relaxation_of(problem_, r_, scaled_), std::move(x),
+                               {kInfinity, std::max(tolerance_, limits_.gap / 4), expired_});
     bound_ = problem_.constant + root.bound - slack_;
     return root;
   }
 
+  void consider_rounded(const Relaxed& root) {
+    std::vector<double> distance(problem_.weight);  // from the mask's entries, as they are set
+    for (Index i = 0; i < problem_.size; ++i) distance[i] -= 2 * root.x[i];
+    const Mask mask = least_scores(distance, problem_.weight, r_, kMostRoundedAtRoot);
+    consider(swaps_.run(mask, checkpoint_));
+  }
+
   void search(const Relaxed& root) {
-    core_ = make_core(problem_, reduced_cost_fixing(root.gradient, r_, cutoff() - bound_), r_);
+    make_core(root);
     const double before = least_;
     anneal_core();
-    if (least_ < before) {
-      core_ = make_core(problem_, reduced_cost_fixing(root.gradient, r_, cutoff() - bound_), r_);
-    }
+    if (least_ < before) make_core(root);
     if (core_.channels.empty()) {
-      if (core_.ones == 0) consider(core_.fixed);
+      if (core_.relaxation.total == 0) consider(core_.fixed);
       bound_ = std::max(bound_, cutoff());
       return;
     }
@@ -154,9 +180,18 @@ class Search {
         break;
       }
       ++expanded_;
+      if (report_ && expanded_ % kReporting == 0) report_(least_, lowest_open());
       if (expanded_ >= kFirstRepeat && (expanded_ & (expanded_ - 1)) == 0) anneal_core();
     }
     bound_ = std::max(bound_, std::min(cutoff(), lowest_open()));
+  }
+
+  void make_core(const Relaxed& root) {
+    const double total = static_cast<double>(r_);
+    core_ = solver::make_core(
+        problem_, reduced_cost_fixing(root.gradient, problem_.weight, total, cutoff() - bound_),
+        r_);
+    core_swaps_ = std::make_unique<SwapDescent>(core_.problem);
   }
 
   double lowest_open() const {
@@ -198,104 +233,117 @@ class Search {
 
   void anneal_core() {
     const Mask start = inner(best_);
-    if (std::count(start.begin(), start.end(), char{1}) != core_.ones) return;
+    if (weight_of(core_.problem, start) != core_.relaxation.total) return;
     const std::int64_t proposals = kProposals * core_.problem.size;
     const Mask found = anneal(core_.problem, start, proposals, seed_ + expanded_, expired_);
-    consider(outer(swap_descent(core_.problem, found, checkpoint_)));
+    consider(outer(core_swaps_->run(found, checkpoint_)));
   }
 
+  // Two children: the first open one of the branching channel's twins at one, and all of them at
+  // zero. That leaves out masks that differ by an exchange of twins only.
   void expand(const Node& node) {
-    std::vector<Index> free;
-    std::vector<double> x;
-    Mask fixed(core_.problem.size, 0);
-    Index ones = core_.ones;
-    for (Index i = 0; i < core_.problem.size; ++i) {
+    const Relaxation& whole = core_.relaxation;
+    Open open;
+    Mask fixed(whole.size, 0);
+    for (Index i = 0; i < whole.size; ++i) {
       if (node.state[i] == kFree) {
-        free.push_back(i);
-        x.push_back(node.x[i]);
-      } else if (node.state[i] == 1) {
-        fixed[i] = 1;
-        --ones;
+        open.channels.push_back(i);
+        open.x.push_back(node.x[i]);
+      } else {
+        fixed[i] = node.state[i];
       }
     }
-    Branching branching = choose_branching(core_.problem, free, x);
-    std::swap(free[branching.position], free.back());
-    std::swap(x[branching.position], x.back());
-    std::swap(branching.response[branching.position], branching.response.back());
+    Branching branching = choose_branching(whole, open.channels, open.x);
+    const Index chosen = open.channels[branching.position];
+    const double middle = open.x[branching.position];
+    open.response = std::move(branching.response);
+    Index end = static_cast<Index>(open.channels.size());
+    for (Index twin : core_.twins[chosen]) {
+      if (node.state[twin] == kFree) open.move_to(--end, twin);
+    }
+    const Index twins = static_cast<Index>(open.channels.size()) - end;
     const double constant = objective(core_.problem, fixed);
-    Relaxation relaxation = restrict(core_.problem, free, fixed, ones, storage_);
-    const Index last = --relaxation.size;
-    const double likelier = x[last] >= 0.5 ? 1 : 0;
-    std::vector<double> start(last);
-    const std::vector<double> linear = relaxation.linear;
-    for (double value : {likelier, 1 - likelier}) {
-      relaxation.ones = ones - static_cast<Index>(value);
-      if (relaxation.ones < 0 || relaxation.ones > relaxation.size) continue;
-      double offset = constant;
-      relaxation.linear.assign(linear.begin(), linear.end() - 1);
-      if (value == 1) {
-        const double* row = relaxation.row(last);
-        for (Index k = 0; k < last; ++k) relaxation.linear[k] += row[k];
-        offset += linear[last] + 0.5 * row[last];
-      }
-      for (Index k = 0; k < last; ++k) {
-        start[k] = std::clamp(x[k] + (value - x[last]) * branching.response[k], 0.0, 1.0);
-      }
+    const Relaxation inner = restrict(whole, open.channels, fixed, storage_);
+    const double weight = whole.capacity[chosen];
+    const bool likelier = middle >= 0.5 * weight;
+    for (const bool value : {likelier, !likelier}) {
       std::vector<char> state = node.state;
-      state[free[last]] = static_cast<char>(value);
-      visit(relaxation, offset, start, free, node.bound, std::move(state));
+      const Index decided = value ? 1 : twins;
+      for (Index k = 1; k <= decided; ++k) state[open.channels[inner.size - k]] = value;
+      Relaxation child = without_last(inner, decided);
+      const double offset = constant + (value ? fix_last_at_one(inner, child) : 0);
+      if (!feasible(child)) continue;
+      std::vector<double> start(child.size);
+      for (Index k = 0; k < child.size; ++k) {
+        const double moved = open.x[k] + ((value ? weight : 0) - middle) * open.response[k];
+        start[k] = std::clamp(moved, 0.0, child.capacity[k]);
+      }
+      visit(std::move(child), offset, std::move(start), open.channels, node.bound,
+            std::move(state));
       if (interrupted_) return;
     }
   }
 
   // Bounds one child; keeps it if it may hold something better than the best known mask.
-  void visit(const Relaxation& relaxation, double offset, std::vector<double> x,
+  void visit(Relaxation relaxation, double offset, std::vector<double> start,
              const std::vector<Index>& free, double inherited, std::vector<char> state) {
     const double target = cutoff() - offset + slack_;
-    const Relaxed relaxed = relax(relaxation, std::move(x), {target, tolerance_, expired_});
+    PairwiseDescent descent(std::move(relaxation), std::move(start));
+    descent.run({target, tolerance_, expired_});
+    const Relaxed relaxed = descent.finish();
     if (std::chrono::steady_clock::now() >= limits_.deadline) {
       interrupted_ = true;
       return;
     }
-    const double bound = std::max(inherited, offset + relaxed.bound - slack_);
+    const Relaxation& inner = descent.problem();
+    const double reached = offset + relaxed.bound - slack_;
+    const double bound = std::max(inherited, reached);
     if (bound >= cutoff()) return;
-    const std::vector<char> decided = reduced_cost_fixing(
-        relaxed.gradient, relaxation.ones, cutoff() - (offset + relaxed.bound - slack_));
+    const std::vector<char> decided =
+        reduced_cost_fixing(relaxed.gradient, inner.capacity, inner.total, cutoff() - reached);
     std::vector<float> kept(core_.problem.size);
     bool any_free = false;
-    for (Index k = 0; k < relaxation.size; ++k) {
+    for (Index k = 0; k < inner.size; ++k) {
       state[free[k]] = decided[k];
       kept[free[k]] = static_cast<float>(relaxed.x[k]);
       any_free |= decided[k] == kFree;
     }
+    if (any_free) {
+      if (++made_ % kRounding == 0 || made_ < kRounding) round(inner, free, relaxed.x, state);
+      keep({bound, made_, std::move(state), std::move(kept)});
+      return;
+    }
     Mask mask(core_.problem.size);
     for (Index i = 0; i < core_.problem.size; ++i) mask[i] = state[i] == 1;
-    if (any_free) {
-      if (++made_ % kRounding == 0 || made_ < kRounding) round(relaxation, free, relaxed.x, mask);
-      keep({bound, made_, std::move(state), std::move(kept)});
-    } else if (std::count(mask.begin(), mask.end(), char{1}) == core_.ones) {
-      consider(outer(mask));
-    }
+    if (weight_of(core_.problem, mask) == core_.relaxation.total) consider(outer(mask));
   }
 
-  void round(const Relaxation& relaxation, const std::vector<Index>& free,
-             const std::vector<double>& x, const std::vector<char>& state) {
+  void round(const Relaxation& inner, const std::vector<Index>& free, const std::vector<double>& x,
+             const std::vector<char>& state) {
+    std::vector<double> distance(inner.capacity);
+    for (Index k = 0; k < inner.size; ++k) distance[k] -= 2 * x[k];
+    const Mask part =
+        least_scores(distance, inner.capacity, static_cast<Index>(inner.total), kMostRoundedAtNode);
+    if (part.empty()) return;
     Mask mask(core_.problem.size);
     for (Index i = 0; i < core_.problem.size; ++i) mask[i] = state[i] == 1;
-    for (Index k = 0; k < relaxation.size; ++k) mask[free[k]] = 0;
-    for (Index k : largest(x, relaxation.ones)) mask[free[k]] = 1;
-    consider(outer(swap_descent(core_.problem, std::move(mask), checkpoint_)));
+    for (Index k = 0; k < inner.size; ++k) mask[free[k]] = part[k];
+    consider(outer(core_swaps_->run(mask, checkpoint_)));
   }
 
   static constexpr std::size_t kMostBytes = std::size_t{1} << 30;
+  static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
+  static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr std::int64_t kProposals = 2000;
   static constexpr std::int64_t kRounding = 32;
   static constexpr std::int64_t kFirstRepeat = 1024;
+  static constexpr std::int64_t kReporting = 64;
 
   const Problem& problem_;
   const Index r_;
   const Limits limits_;
   const std::uint64_t seed_;
+  const Report report_;
   const Checkpoint& checkpoint_;
   const Expired expired_;
   double slack_;
@@ -303,7 +351,10 @@ class Search {
   double least_ = kInfinity;
   double bound_ = -kInfinity;
   Mask best_;
+  SwapDescent swaps_;
+  std::vector<double> scaled_;
   Core core_;
+  std::unique_ptr<SwapDescent> core_swaps_;
   std::vector<Node> heap_;
   std::vector<Node> stack_;
   std::int64_t expanded_ = 0;
@@ -315,8 +366,13 @@ class Search {
 }  // namespace
 
 Certified branch_and_bound(const Problem& problem, Index r, double defect, const Limits& limits,
-                           std::uint64_t seed, const Checkpoint& checkpoint) {
-  return Search(problem, r, defect, limits, seed, checkpoint).run();
+                           std::uint64_t seed, const Report& report, const Checkpoint& checkpoint) {
+  return Search(problem, r, defect, limits, seed, report, checkpoint).run();
+}
+
+Mask round_relaxation(const Problem& problem, Index r, const Limits& limits,
+                      const Checkpoint& checkpoint) {
+  return Search(problem, r, 0, limits, 0, nullptr, checkpoint).round();
 }
 
 }  // namespace ccp::solver

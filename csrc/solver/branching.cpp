@@ -12,9 +12,11 @@ constexpr Index kLargestFace = 128;
 
 }  // namespace
 
-Branching choose_branching(const Problem& problem, const std::vector<Index>& free,
+Branching choose_branching(const Relaxation& whole, const std::vector<Index>& free,
                            const std::vector<double>& x) {
-  const auto centrality = [&](Index k) { return std::min(x[k], 1 - x[k]); };
+  const auto centrality = [&](Index k) {
+    return std::min(x[k] / whole.capacity[free[k]], 1 - x[k] / whole.capacity[free[k]]);
+  };
   const Index size = static_cast<Index>(free.size());
   std::vector<Index> candidates;
   for (Index k = 0; k < size; ++k) {
@@ -34,12 +36,12 @@ Branching choose_branching(const Problem& problem, const std::vector<Index>& fre
   }
   std::vector<Index> face;
   for (Index k : candidates) face.push_back(free[k]);
-  const FaceInverse inverse(problem.quadratic, problem.size, face);
+  const FaceInverse inverse(whole.quadratic, whole.stride, face);
   Index best = 0;
   double best_score = -1;
   for (Index k = 0; k < static_cast<Index>(face.size()); ++k) {
     const double value = x[candidates[k]];
-    const double score = value * (1 - value) / inverse.diagonal(k);
+    const double score = value * (whole.capacity[face[k]] - value) / inverse.diagonal(k);
     if (score > best_score) {
       best_score = score;
       best = k;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
+
 namespace ccp::solver {
 namespace {
 
@@ -22,13 +24,12 @@ std::vector<double> inverse_factor(const double* quadratic, Index stride,
     const double* source = quadratic + face[i] * stride;
     for (Index j = 0; j <= i; ++j) {
       const double* other = &factor[j * size];
-      double value = source[face[j]];
-      for (Index k = 0; k < j; ++k) value -= row[k] * other[k];
+      const double value = source[face[j]] - rows.dot(j, row, other);
       row[j] = i == j ? std::sqrt(std::max(value, 0.0) + ridge) : value / other[j];
     }
     for (Index j = 0; j < i; ++j) {
       const double* other = &inverse[j * size];
-      for (Index k = 0; k <= j; ++k) inverse_row[k] -= row[j] * other[k];
+      rows.add(j + 1, -row[j], other, inverse_row);
     }
     for (Index k = 0; k < i; ++k) inverse_row[k] /= row[i];
     inverse_row[i] = 1 / row[i];
@@ -69,9 +70,7 @@ std::vector<double> FaceInverse::times(const std::vector<double>& vector) const 
   double weight = 0;
   for (Index k = 0; k < size_; ++k) {
     const double* row = &factor_[k * size_];
-    double product = 0;
-    for (Index j = 0; j <= k; ++j) product += row[j] * vector[j];
-    for (Index j = 0; j <= k; ++j) result[j] += product * row[j];
+    rows.add(k + 1, rows.dot(k + 1, row, vector.data()), row, result.data());
     weight += row_sum_[k] * vector[k];
   }
   for (Index j = 0; j < size_; ++j) result[j] -= weight / total_ * row_sum_[j];

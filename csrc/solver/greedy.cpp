@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels.h"
 #include "problem.h"
 
 namespace ccp::solver {
@@ -17,8 +18,7 @@ Mask grow(const Problem& problem, Index r, const Checkpoint& checkpoint) {
     const Index best = std::min_element(increase.begin(), increase.end()) - increase.begin();
     mask[best] = 1;
     increase[best] = kChosen;
-    const double* row = problem.row(best);
-    for (Index j = 0; j < problem.size; ++j) increase[j] += row[j];
+    rows.add(problem.size, 1, problem.row(best), increase.data());
   }
   return mask;
 }

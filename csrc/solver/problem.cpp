@@ -1,7 +1,10 @@
 #include "problem.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "kernels.h"
 
 namespace ccp::solver {
 
@@ -21,7 +24,8 @@ double objective(const Problem& problem, const Mask& mask) {
 
 Problem complement(const Problem& problem) {
   const Mask all(problem.size, 1);
-  return {problem.size, problem.quadratic, gradient(problem, all), objective(problem, all)};
+  return {problem.size, problem.quadratic, gradient(problem, all), problem.weight,
+          objective(problem, all)};
 }
 
 Mask inverse(Mask mask) {
@@ -29,13 +33,16 @@ Mask inverse(Mask mask) {
   return mask;
 }
 
+bool all_ones(const std::vector<double>& weight) {
+  return std::all_of(weight.begin(), weight.end(), [](double w) { return w == 1; });
+}
+
 std::vector<double> gradient(const Problem& problem, const Mask& mask) {
   std::vector<double> result(problem.size);
   for (Index i = 0; i < problem.size; ++i) result[i] = -problem.linear[i];
   for (Index i = 0; i < problem.size; ++i) {
     if (!mask[i]) continue;
-    const double* row = problem.row(i);
-    for (Index j = 0; j < problem.size; ++j) result[j] += row[j];
+    rows.add(problem.size, 1, problem.row(i), result.data());
   }
   return result;
 }
@@ -46,8 +53,8 @@ std::vector<double> gradient_error(const Problem& problem) {
   const double unit = 4.0 * (problem.size + 4) * std::numeric_limits<double>::epsilon();
   std::vector<double> error(problem.size);
   for (Index i = 0; i < problem.size; ++i) {
-    double scale = std::abs(problem.linear[i]);
-    for (Index j = 0; j < problem.size; ++j) scale += std::abs(problem.row(i)[j]);
+    const double scale =
+        std::abs(problem.linear[i]) + rows.absolute_sum(problem.size, problem.row(i));
     // Halving a subnormal entry rounds, too.
     error[i] = unit * scale + 4 * std::numeric_limits<double>::denorm_min();
   }

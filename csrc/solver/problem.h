@@ -2,6 +2,9 @@
 //
 //     minimise  1/2 m'Sm - u'm + constant   over m in {0,1}^n with exactly r ones.
 //
+// Where channels weigh other than 1, those chosen weigh exactly r instead; what says "ones" needs
+// weights of 1.
+//
 // Everything here is plain C++ without global state. Equal input gives equal output: no threads,
 // ties go to the lowest index, and a clock decides only where branch and bound stops.
 #pragma once
@@ -24,10 +27,14 @@ using Checkpoint = std::function<void()>;
 // Asked often by a loop that can stop at any time with a worse answer: whether to. It may throw.
 using Expired = std::function<bool()>;
 
+// Told the least cost known and the lower bound now and then. It may be empty.
+using Report = std::function<void(double, double)>;
+
 struct Problem {
   Index size;                  // n
   const double* quadratic;     // S, n x n, row-major, symmetric, finite; the caller keeps it alive
   std::vector<double> linear;  // u
+  std::vector<double> weight;  // n positive integers
   double constant = 0;
 
   const double* row(Index i) const { return quadratic + i * size; }
@@ -40,6 +47,8 @@ double objective(const Problem& problem, const Mask& mask);
 // The same cost as a function of 1 - m: complement(p) at the inverse mask equals p at the mask.
 Problem complement(const Problem& problem);
 Mask inverse(Mask mask);
+
+bool all_ones(const std::vector<double>& weight);
 
 // S m - u.
 std::vector<double> gradient(const Problem& problem, const Mask& mask);
@@ -56,16 +65,13 @@ double lower_bound(const Problem& problem, Index r, const Checkpoint& checkpoint
 // the full set by giving back the channel that saves most. O(n^2).
 std::array<Mask, 2> greedy(const Problem& problem, Index r, const Checkpoint& checkpoint);
 
-// Exchanges the pair that lowers the cost most until no exchange lowers it by more than rounding.
-// O(n min(r, n - r)) a step.
-Mask swap_descent(const Problem& problem, Mask mask, const Checkpoint& checkpoint);
-
 // The best of all masks with r ones; among those equal up to rounding, the one whose sorted indices
 // come first in lexicographic order. O(1) a mask, O(n) a prefix.
 Mask enumerate(const Problem& problem, Index r, const Checkpoint& checkpoint);
 
 // Simulated annealing over random exchanges, with a fixed number of proposals from a temperature
-// that the start's changes set. Returns the best mask met, the start if none was better.
+// that the start's changes set. Exchanges channels of equal weight only. Returns the best mask met,
+// the start if none was better.
 Mask anneal(const Problem& problem, Mask start, std::int64_t proposals, std::uint64_t seed,
             const Expired& expired);
 
@@ -84,9 +90,15 @@ struct Certified {
 };
 
 // Branch and bound for an S whose least eigenvalue is -defect or more, defect >= 0, from greedy,
-// swap descent, rounded relaxations and annealing. Best bound first.
+// swap descent, rounded relaxations and annealing. Best bound first. There must be a mask of
+// weight r.
 Certified branch_and_bound(const Problem& problem, Index r, double defect, const Limits& limits,
-                           std::uint64_t seed, const Checkpoint& checkpoint);
+                           std::uint64_t seed, const Report& report, const Checkpoint& checkpoint);
+
+// The relaxation's solution, rounded, and swap descent from there. S should be positive
+// semidefinite, but the mask is one of weight r for any S.
+Mask round_relaxation(const Problem& problem, Index r, const Limits& limits,
+                      const Checkpoint& checkpoint);
 
 // A uniformly random mask with r ones; the same for a seed on every machine.
 Mask random_subset(Index size, Index r, std::uint64_t seed);
