@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
 from ccp_ext.graph import Tap, addends
-from ccp_ext.least_squares import Regression
+from ccp_ext.least_squares import Regression, draw_positions
 from ccp_ext.passes import Tapped, Walk, tapped
 
 LAYERS = ("cut", "cut+classifier", "all")
@@ -171,7 +171,7 @@ def refit(
         others = addends(model, _example(model, images.normalise(images.images[:1])))
         for layer in chosen:
             layer.addend = others.get(layer.path)
-    draw = _Draw(positions, seed)
+    draw = partial(draw_positions, positions, torch.Generator().manual_seed(seed))
     unexplained: dict[str, float] = {}
     with _two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         batches = [
@@ -335,21 +335,6 @@ def _fit(layer: _Layer, sums: Regression, ridge: float) -> float:
     return unexplained
 
 
-class _Draw:
-    """Draws the output positions that count."""
-
-    def __init__(self, positions: int | None, seed: int) -> None:
-        self._positions = positions
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, of: int, device: torch.device) -> Tensor | None:
-        """int64 ``[P]``, ascending; None if all count."""
-        if self._positions is None or of <= self._positions:
-            return None
-        drawn = torch.randperm(of, generator=self._generator)[: self._positions]
-        return drawn.sort().values.to(device)
-
-
 @contextlib.contextmanager
 def _two_models(
     model: nn.Module, slim: nn.Module, layers: list[_Layer]
@@ -371,7 +356,12 @@ class _Batch:
     """The passes of both models over one batch of images; they follow the order of the layers."""
 
     def __init__(
-        self, model: Tapped, slim: Tapped, layers: list[_Layer], x: Tensor, draw: _Draw
+        self,
+        model: Tapped,
+        slim: Tapped,
+        layers: list[_Layer],
+        x: Tensor,
+        draw: Callable[[int, torch.device], Tensor | None],
     ) -> None:
         self._slim, self._x, self._draw = slim, x, draw
         self._left = {layer.path: layer for layer in layers}

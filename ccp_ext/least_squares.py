@@ -33,6 +33,11 @@ class Regression:
             self.xy = self.xy + (rows.T @ wanted).double()
             self.yy = self.yy + wanted.square().sum(0, dtype=torch.float64)
 
+    def covariance(self) -> Tensor:
+        """float64 ``[F, F]``: second moments of the patches about their mean."""
+        count, x = self.xx[-1, -1], self.xx[-1, :-1]
+        return self.xx[:-1, :-1] / count - x.outer(x) / count**2
+
     def solve(self, old: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
         """min over W, b of ||Y - W X - b||^2 + lambda ||W - old||^2.
 
@@ -57,6 +62,15 @@ class Regression:
         share = (left / yy.sum()).item() if yy.sum() > 0 else 0.0
         b = (y - weight @ x) / count if constant else torch.zeros_like(y)
         return weight, b, max(0.0, share)
+
+
+def draw_positions(
+    count: int | None, generator: torch.Generator, of: int, device: torch.device
+) -> Tensor | None:
+    """int64 ``[count]`` of ``of`` output positions, ascending; None if all are to be used."""
+    if count is None or of <= count:
+        return None
+    return torch.randperm(of, generator=generator)[:count].sort().values.to(device)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
