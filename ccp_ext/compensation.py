@@ -224,12 +224,13 @@ class _Layer:
 
     def set_constant(self, constant: Tensor, *, with_bias: bool = False) -> None:
         """Let the layer add ``constant`` [O]; ``with_bias``: the plain bias is in it already."""
+        shift: Tensor | float = constant
         if self.slim.bias is not None:
             own = 0.0 if with_bias else self.plain.bias.detach()[self.outputs]
             self.slim.bias.data.copy_(own + constant)
-            return
+            shift = 0.0
         for plain, slim in self.norms.values():
-            slim.running_mean.copy_(plain.running_mean[self.outputs] - constant)
+            slim.running_mean.copy_(plain.running_mean[self.outputs] - shift)
             slim.running_var.copy_(plain.running_var[self.outputs])
 
     def before_norm(self, addend: Tensor) -> Tensor:
