@@ -20,8 +20,8 @@ Receive = Callable[[Any, Tensor], None]
 class Halting:
     """A function that stops where it calls :meth:`halt`, until it is resumed.
 
-    It has a thread of its own, which never runs at the same time as the one that resumes it, and
-    which computes without gradients.
+    It has a thread of its own, which never runs at the same time as the one that resumes it. It
+    computes without gradients, and outside of an autocast of the caller's thread.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
@@ -80,10 +80,11 @@ class Tapped:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.receive: Receive = lambda key, tensor: None
+        self.receive: Receive | None = None
 
     def _read(self, key: Any, tensor: Tensor) -> None:
-        self.receive(key, tensor)
+        if self.receive is not None:
+            self.receive(key, tensor)
 
 
 @contextlib.contextmanager
@@ -128,7 +129,9 @@ class Walk:
         """
         while len(self.seen.get(key, ())) < count:
             self._model.receive = self._receive
-            if not self._pass.resume():
+            running = self._pass.resume()
+            self._model.receive = None
+            if not running:
                 raise RuntimeError(f"a forward pass ended without reaching {key} {count} times")
 
     def close(self) -> None:
