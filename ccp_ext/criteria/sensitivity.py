@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -35,22 +34,24 @@ class Consumer:
 
     def __init__(self, layer: nn.Module, positions: tuple[tuple[int, ...], ...]) -> None:
         self.layer = layer
+        self._channel_dim = input_tap(layer, "").channel_dim
         self._channels = torch.tensor(positions, device=layer.weight.device).flatten()
         self._moments = Regression()
         self._gradients: Tensor | float = 0.0
         self._outputs = 0  # samples and positions whose gradients were seen
 
-    def add(self, x: Tensor, gradient: Tensor, generator: torch.Generator) -> None:
-        """The layer's input and the gradient at its output."""
-        tap = input_tap(self.layer, "")
-        x = x.index_select(tap.channel_dim, self._channels)
-        g = gradient.movedim(tap.channel_dim, 0).flatten(1)  # [O, N P]
-        total = g.shape[1] // len(x)
+    def read(self, x: Tensor, positions: int, generator: torch.Generator) -> None:
+        """The layer's input in a call that gives so many output positions."""
+        at = draw_positions(_POSITIONS, generator, positions, x.device)
+        x = x.index_select(self._channel_dim, self._channels)
+        targets = x.new_zeros(len(x), positions if at is None else len(at), 0)
+        self._moments.add(self.layer, x, targets, at)
+
+    def feel(self, gradient: Tensor) -> None:
+        """The gradient at the output of a call."""
+        g = gradient.movedim(self._channel_dim, 0).flatten(1)  # [O, samples and positions]
         self._gradients = self._gradients + (g @ g.T).double()
         self._outputs += g.shape[1]
-        at = draw_positions(_POSITIONS, generator, total, x.device)
-        seen = total if at is None else len(at)
-        self._moments.add(self.layer, x, x.new_zeros(len(x), seen, 0), at)
 
     def problem(self, channels: int, samples: int, ridge: float) -> RefitProblem:
         """The layer's outputs weighed by how much the logits change with them."""
@@ -65,37 +66,28 @@ class Consumer:
         return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
-class LossSensitivity(GradientObservation, Mapping):
-    """For each group its :class:`Consumer` objects, filled by one pass.
-
-    Attributes:
-        count: samples seen.
-    """
+class LossSensitivity(GradientObservation):
+    """The :class:`Consumer` objects of every group, filled by one pass."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, seed: int) -> None:
         super().__init__(model)
-        self.count = 0
-        self._consumers = {group.name: self._parts(group) for group in graph.groups}
+        self._count = 0
+        self._consumers = {
+            group.name: [Consumer(model.get_submodule(p.module), p.index) for p in group.consumers]
+            for group in graph.groups
+        }
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __getitem__(self, group: str) -> list[Consumer]:
-        return self._consumers[group]
-
-    def __iter__(self):
-        return iter(self._consumers)
-
-    def __len__(self) -> int:
-        return len(self._consumers)
+    def problems(self, group: Group, ridge: float) -> list[RefitProblem]:
+        """Of the layers that read the group's channels, in the unit of squared logits."""
+        parts = self._consumers[group.name]
+        return [part.problem(group.channels, self._count, ridge) for part in parts]
 
     def update(self, x: Tensor, y: Tensor) -> None:
         outputs = self.model(x.requires_grad_() * 1)
         signs = torch.randint(0, 2, outputs.shape, generator=self._generator) * 2 - 1
         outputs.backward(signs.to(outputs))
-        self.count += len(x)
-
-    def _parts(self, group: Group) -> list[Consumer]:
-        parts = group.consumers
-        return [Consumer(self.model.get_submodule(p.module), p.index) for p in parts]
+        self._count += len(x)
 
     def _attach(self, stack: contextlib.ExitStack) -> None:
         for consumers in self._consumers.values():
@@ -104,8 +96,9 @@ class LossSensitivity(GradientObservation, Mapping):
                 stack.callback(hook.remove)
 
     def _watch(self, consumer: Consumer, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        x = args[0].detach()
-        output.register_hook(lambda gradient: consumer.add(x, gradient, self._generator))
+        positions = output.numel() // (len(output) * len(layer.weight))
+        consumer.read(args[0].detach(), positions, self._generator)
+        output.register_hook(consumer.feel)
 
 
 @register
@@ -134,8 +127,6 @@ class RefitLoss(Criterion):
         ridge = _RIDGE if self.options.ridge is None else self.options.ridge
         costs = {}
         for group in graph.groups:
-            problems = [
-                part.problem(group.channels, data.count, ridge) for part in data[group.name]
-            ]
+            problems = data.problems(group, ridge)
             costs[group.name] = refitted_cost(problems, Cost(u=-sum(p.singles() for p in problems)))
         return costs
