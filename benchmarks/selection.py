@@ -1,6 +1,7 @@
-"""Time to a proven optimum of channel selection, or the gap that a time limit leaves.
+"""Channel selection: time to the first mask and to a proven optimum, or the gap that a time limit
+leaves, beside other solvers with the same limit.
 
-python -m benchmarks.selection [--instances folder of .npz files with Q and r]
+python -m benchmarks.selection [--instances folder of .npz files with Q and r] [--rivals]
 """
 
 from __future__ import annotations
@@ -15,27 +16,40 @@ from statistics import median
 import numpy as np
 
 from benchmarks.common import write_results
+from benchmarks.selection_rivals import RIVALS
 from ccp_ext.report import table
-from ccp_ext.selection import select
+from ccp_ext.selection import curve, select
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=Path, help="folder of .npz files with Q [N, C] and r")
-    parser.add_argument("--channels", type=int, nargs="*", default=[64, 128, 256, 512])
+    parser.add_argument("--channels", type=int, nargs="*", default=[64, 128, 256, 512, 2048])
     parser.add_argument("--time-limit", type=float, default=10.0)
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of what is proven fast")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of what is fast")
+    parser.add_argument("--rivals", action="store_true", help="run the other solvers, too")
     options = parser.parse_args()
-    rows = []
-    for name, samples, removed in _instances(options.instances, options.channels):
-        rows.append(_measure(name, samples, removed, options.time_limit, options.rounds))
+    rivals = [rival for rival in RIVALS if options.rivals and rival.installed()]
+    for rival in RIVALS:
+        if options.rivals and rival not in rivals:
+            print(f"{rival.name} is skipped: the package {rival.package} is not installed")
+    rows, compared = [], []
+    for name, samples, r in _instances(options.instances, options.channels):
+        F, u = samples.T @ samples / len(samples), samples.mean(axis=0)
+        rows.append(_measure(name, F, u, r, options.time_limit, options.rounds))
         print(table(rows[-1:]), flush=True)
+        for rival in rivals:
+            if len(u) <= rival.largest:
+                compared.append(_compare(rival, rows[-1], F, u, r, options.time_limit))
+                print(table(compared[-1:]), flush=True)
+        load = os.getloadavg()[0]
+        settings = {key: value for key, value in vars(options).items() if key != "instances"}
+        content = {"settings": settings, "load average": load, "rows": rows, "rivals": compared}
+        path = write_results("selection", content)  # what is done, if the rest is interrupted
     print(table(rows))
-    load = os.getloadavg()[0]
+    print(table(compared))
     print(f"load average at the end: {load:.1f}")
-    settings = {key: value for key, value in vars(options).items() if key != "instances"}
-    content = {"settings": settings, "load average": load, "rows": rows}
-    print(write_results("selection", content))
+    print(path)
 
 
 def low_rank_plus_noise(channels: int, seed: int = 0) -> np.ndarray:
@@ -50,47 +64,91 @@ def low_rank_plus_noise(channels: int, seed: int = 0) -> np.ndarray:
     return scale * (0.8 * common + 0.6 * own + 0.1 * mean)
 
 
+def like_a_layer(channels: int, rank: int = 12, seed: int = 0) -> np.ndarray:
+    """Samples [3000, C] of few directions, heavy-tailed over samples and channels, as the
+    derivatives along the channels of a trained layer are."""
+    generator = np.random.default_rng(seed)
+    loadings = np.abs(generator.normal(size=(rank, channels))) * 2.0 ** -np.arange(rank)[:, None]
+    hardness = generator.normal(size=(3000, 1)) * np.exp(generator.normal(size=(3000, 1)))
+    common = (generator.normal(size=(3000, rank)) + 0.3) @ loadings
+    own = 0.1 * generator.normal(size=(3000, channels))
+    scale = np.exp(0.7 * generator.normal(size=channels)) / channels
+    return scale * hardness * (common + own)
+
+
 def _instances(folder: Path | None, channels: list[int]) -> Iterator[tuple[str, np.ndarray, int]]:
     for file in sorted(folder.glob("*.npz")) if folder else ():
         with np.load(file) as data:
             yield file.stem, data["Q"].astype(np.float64), int(data["r"])
     for size in channels:
         yield f"generated_c{size}", low_rank_plus_noise(size), size // 2
+        if size >= 1024:
+            yield f"like_a_layer_c{size}", like_a_layer(size), size // 2
 
 
-def _measure(name: str, samples: np.ndarray, r: int, limit: float, rounds: int) -> dict:
-    F, u = samples.T @ samples / len(samples), samples.mean(axis=0)
-    seconds, gap = [], 0.0
-    first = _timed(F, u, r, "swap", 0)[1]
-    for _ in range(rounds):
-        choice, elapsed = _timed(F, u, r, "branch_and_bound", limit)
-        seconds.append(elapsed)
-        gap = choice.gap / (_mean_of_random(F, u, r) - choice.objective)
-        if choice.status != "optimal" or elapsed > 1:
-            break
+def _measure(
+    name: str, F: np.ndarray, u: np.ndarray, r: int, limit: float, rounds: int
+) -> dict[str, object]:
+    first = [_timed(select, F, u=u, r=r, method="round") for _ in range(rounds)]
+    found = [_timed(select, F, u=u, r=r, method="branch_and_bound", time_limit=limit)]
+    choice = found[0][0]
+    while choice.status == "optimal" and len(found) < rounds and found[0][1] < 1:
+        found.append(_timed(select, F, u=u, r=r, method="branch_and_bound", time_limit=limit))
+    counts = range(0, len(u) + 1, 1 if len(u) < 1024 else 16)
+    path, *curve_seconds = _timed(curve, F, u=u, counts=counts)
+    spread = choice.random - choice.lower_bound
     return {
         "instance": name,
         "channels": len(u),
         "status": choice.status,
         "objective": choice.objective,
-        "gap, % of spread": 100 * gap,
-        "ms": 1e3 * median(seconds),
-        "swap alone, ms": 1e3 * first,
+        "lower bound": choice.lower_bound,
+        "random": choice.random,
+        "gap, % of spread": 100 * choice.relative_gap,
+        "nodes": choice.nodes,
+        "seconds": median(seconds for _, seconds, _ in found),
+        "CPU seconds": median(cpu for _, _, cpu in found),
+        "round, ms": 1e3 * median(seconds for _, seconds, _ in first),
+        "round, CPU ms": 1e3 * median(cpu for _, _, cpu in first),
+        "round, % above best": 100 * (first[0][0].objective - choice.objective) / spread,
+        "curve, counts": len(path.counts),
+        "curve, CPU seconds": curve_seconds[1],
+        "curve, largest gap %": 100 * float((path.objective - path.lower_bound).max()) / spread,
     }
 
 
-def _timed(F: np.ndarray, u: np.ndarray, r: int, method: str, limit: float):
-    begin = time.perf_counter()
-    choice = select(F, u=u, r=r, method=method, time_limit=limit)
-    return choice, time.perf_counter() - begin
+def _compare(rival, ours: dict, F: np.ndarray, u: np.ndarray, r: int, limit: float) -> dict:
+    row = {
+        "instance": ours["instance"],
+        "solver": rival.name,
+        "seconds": None,
+        "CPU seconds": None,
+        "ours, seconds": ours["seconds"],
+        "objective": None,
+        "above ours, % of spread": None,
+        "gap, % of spread": None,
+        "failed": None,
+    }
+    try:
+        (mask, bound), seconds, cpu = _timed(rival.solve, F, u, r, limit)
+    except Exception as failure:  # a licence, a limit of size: whatever ends a rival is a result
+        return {**row, "failed": str(failure)[:60]}
+    m = mask.astype(np.float64)
+    assert m.sum() == r, f"{rival.name} returned {m.sum()} channels instead of {r}"
+    cost = float(0.5 * m @ F @ m - u @ m)
+    spread = ours["random"] - ours["lower bound"]
+    row |= {"seconds": seconds, "CPU seconds": cpu, "objective": cost}
+    row["above ours, % of spread"] = 100 * (cost - ours["objective"]) / spread
+    if np.isfinite(bound):
+        row["gap, % of spread"] = 100 * (cost - bound) / spread
+    return row
 
 
-def _mean_of_random(F: np.ndarray, u: np.ndarray, r: int) -> float:
-    """The mean cost of all masks with r ones."""
-    channels = len(u)
-    one, trace = r / channels, np.trace(F)
-    two = one * (r - 1) / max(1, channels - 1)
-    return 0.5 * (one * trace + two * (F.sum() - trace)) - one * u.sum()
+def _timed(function, *arguments, **options):
+    """The result, the seconds and the CPU seconds, which others on the machine do not stretch."""
+    cpu, begin = time.process_time(), time.perf_counter()
+    result = function(*arguments, **options)
+    return result, time.perf_counter() - begin, time.process_time() - cpu
 
 
 if __name__ == "__main__":

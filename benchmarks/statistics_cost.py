@@ -1,113 +1,253 @@
-"""What collecting the statistics costs, beside a plain forward and backward pass.
+"""What collecting S for all inner groups costs, beside a plain pass and other libraries.
 
-    python -m benchmarks.statistics_cost
+    python -m benchmarks.statistics_cost [--network resnet50] [--methods vmap Opacus ...]
 
-ResNet-56 on CIFAR-10-sized images, all 27 inner groups. Before timing, the collected S is checked
-against one made with plain torch operators.
+Time and peak memory of one pass over one batch. Before timing, the S of all methods that compute
+the same quantity is compared with that of per-sample gradients in float64.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.common import interleaved, ratio, write_results
-from ccp_ext import collect, models, ops, trace
+import ccp_ext
+from benchmarks import statistics_methods as methods
+from benchmarks.common import RESULTS, interleaved, ratio, seconds_of, version_of, write_results
+from benchmarks.networks import NETWORKS
+from benchmarks.statistics_methods import BASELINE, METHODS, PAPER, SAME_AS_PAPER, Pass, Setting
+from ccp_ext import ChannelGraph, collect, ops, trace
 from ccp_ext.report import table
 
+CPU_BATCH = {"resnet56": 32, "resnet50": 4}
+CHECKED_IMAGES = 4
+TOLERANCE = 1e-4  # of S in the Frobenius norm; float32 against float64
+MEBIBYTE = 1 << 20
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--channels-last", action="store_true")
-    options = parser.parse_args()
 
-    torch.manual_seed(0)
-    model = models.create("resnet56").eval()
-    x, y = torch.randn(options.batch_size, 3, 32, 32), torch.randint(10, (options.batch_size,))
-    if options.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    graph = trace(model, x[:1]).inner
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.peak_of:
+        print(_resident_peak(options))
+        return
+    result = measure(options)
+    print(table([_with_short_error(row) for row in result["rows"]]))
+    for name, reason in result["left out"].items():
+        print(f"{name} is left out: {reason}")
+    print(write_results(f"statistics_{options.network}{options.tag}", result, options.output))
 
-    def plain() -> None:
-        F.cross_entropy(model(x), y, reduction="sum").backward()
 
-    def collector(**settings):
-        stats = collect(model, graph, **settings)
+def measure(options: argparse.Namespace) -> dict:
+    """The content of the results file.
 
-        def run() -> None:
-            with stats:
-                stats.backward(model(x), y)
-
-        return stats, run
-
-    def with_parameter_gradients() -> None:
-        with collect(model, graph, curvature="empirical", parameter_gradients=True):
-            plain()
-
-    timed = {"forward and backward": plain, "empirical, keeping .grad": with_parameter_gradients}
-    for name, settings in {
-        "empirical, u": {"curvature": "empirical"},
-        "logits": {"curvature": "logits", "first_order": False},
-        "logits, u": {"curvature": "logits"},
-    }.items():
-        stats, timed[name] = collector(**settings)
-        if name == "empirical, u":
-            timed[name]()
-            _validate(model, graph, x, y, stats)
-    seconds = interleaved(timed, options.rounds)
-    baseline = seconds["forward and backward"]
+    Raises:
+        AssertionError: a method's S is further from float64 than ``TOLERANCE``.
+    """
+    errors, left_out = _check(options)
+    passes = {}
+    for name in options.methods:
+        if name not in left_out:
+            prepared = _attempt(lambda n=name: METHODS[n](_setting(options)))
+            (left_out if isinstance(prepared, str) else passes)[name] = prepared
+    seconds, failed = _times(passes, options)
+    left_out |= failed
+    peaks = {name: _peak(name, passes[name], options) for name in seconds}
     rows = [
         {
-            "pass": name,
-            "median ms": 1e3 * median(times),
-            "ratio to forward and backward": ratio(times, baseline),
+            "method": name,
+            "ms": 1e3 * median(times),
+            "rounds": len(times),
+            "over forward and backward": _ratio(times, seconds[BASELINE]),
+            "images/s": options.batch_size / median(times),
+            "peak MiB": peaks[name],
+            "more than forward and backward, MiB": peaks[name] - peaks[BASELINE],
+            "error of S": errors.get(name),
         }
         for name, times in seconds.items()
     ]
-    print(table(rows))
-    inside = _inside_the_pass(model, graph, x, y, options.rounds)
-    print(
-        f"channel_dot inside the pass: {inside['speed-up']:.2f} times as fast as torch's (x*g).sum"
-    )
-    suffix = "_channels_last" if options.channels_last else ""
-    content = {"settings": vars(options), "rows": rows, "channel_dot inside the pass": inside}
-    print(write_results(f"statistics_cost{suffix}", content))
+    return {
+        "settings": {k: v for k, v in vars(options).items() if k not in ("output", "peak_of")},
+        "versions": {name: version_of(package) for name, package in methods.PACKAGES.items()},
+        "rows": rows,
+        "channel_dot inside the pass": _inside_the_pass(_setting(options), options.rounds),
+        "left out": left_out,
+    }
 
 
-def _inside_the_pass(model, graph, x, y, rounds: int) -> dict[str, float]:
-    """Time spent in all 27 calls of channel_dot, and in the torch expression in its place.
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=list(NETWORKS), default="resnet56")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, help=f"default on a CPU: {CPU_BATCH}")
+    parser.add_argument("--image-size", type=int, help="default: the network's")
+    parser.add_argument("--rounds", type=int, default=15, help="at most")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each method, about")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16; plain and ours only")
+    parser.add_argument("--tag", default="", help="added to the name of the results file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--peak-of", choices=list(METHODS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    network = NETWORKS[options.network]
+    if options.device == "auto":
+        options.device = ccp_ext.usable_devices()[-1]
+    if options.batch_size is None:
+        on_cpu = torch.device(options.device).type == "cpu"
+        options.batch_size = CPU_BATCH[options.network] if on_cpu else network.batch
+    options.image_size = options.image_size or network.image_size
+    if BASELINE not in options.methods:
+        options.methods = [BASELINE, *options.methods]
+    return options
+
+
+def _setting(
+    options: argparse.Namespace, images: int | None = None, dtype: torch.dtype = torch.float32
+) -> Setting:
+    """A fresh model, since some libraries change the one they are given; always the same one."""
+    torch.manual_seed(0)
+    network = NETWORKS[options.network]
+    count = images or options.batch_size
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    model = network.create().eval().to(options.device, dtype, memory_format=layout)
+    x = torch.randn(count, 3, options.image_size, options.image_size)
+    x = x.to(options.device, dtype, memory_format=layout)
+    y = torch.randint(network.classes, (count,), device=options.device)
+    graph = _inner_graph(options.network, options.image_size)
+    return Setting(model, graph, x, y, options.autocast)
+
+
+@cache
+def _inner_graph(network: str, image_size: int) -> ChannelGraph:
+    """The same for all models of a network: it knows names and shapes only."""
+    return trace(NETWORKS[network].create().eval(), torch.randn(1, 3, image_size, image_size)).inner
+
+
+def _check(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
+    """Errors of S by method, on a few images without TF32; and why a method is left out."""
+    same = [name for name in options.methods if name in SAME_AS_PAPER]
+    errors, left_out = {}, {}
+    if options.autocast or not same:
+        return errors, left_out
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = METHODS["vmap"](_setting(options, CHECKED_IMAGES, torch.float64))()
+        for name in same:
+            outcome = _attempt(lambda n=name: METHODS[n](_setting(options, CHECKED_IMAGES))())
+            if isinstance(outcome, str):
+                left_out[name] = outcome
+                continue
+            errors[name] = max(_error(S, expected[group]) for group, S in outcome.items())
+            if not errors[name] <= TOLERANCE:
+                raise AssertionError(f"S by {name} is off by {errors[name]:.1e}")
+    if PAPER in left_out:
+        raise AssertionError(f"{PAPER}: {left_out[PAPER]}")
+    return errors, left_out
+
+
+def _attempt(function: Callable) -> object:
+    """What the function returns, or in words why another library failed."""
+    try:
+        return function()
+    except Exception as error:  # other libraries fail in any way
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _with_short_error(row: dict) -> dict:
+    error = row["error of S"]
+    return row | {"error of S": None if error is None else f"{error:.0e}"}
+
+
+def _error(S: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((S - expected).norm() / expected.norm()).item()
+
+
+def _times(
+    passes: dict[str, Pass], options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each method, in turns; those that take long are timed once, by themselves."""
+    first, failed = {}, {}
+    for name, run in passes.items():
+        outcome = _attempt(lambda r=run: seconds_of(lambda: r() and None, [()], options.device))
+        (failed if isinstance(outcome, str) else first)[name] = outcome
+    slow = {name for name, seconds in first.items() if seconds > options.seconds / 3}
+    fast = {name: passes[name] for name in first if name not in slow or name == BASELINE}
+    rounds = int(options.seconds * len(fast) / sum(first[name] for name in fast))
+    rounds = max(3, min(options.rounds, rounds))
+    seconds = interleaved(fast, rounds, warmup=1, device=options.device)
+    once = {name: passes[name] for name in first if name not in fast}
+    return seconds | interleaved(once, 1, warmup=0, device=options.device), failed
+
+
+def _ratio(times: list[float], baseline: list[float]) -> float:
+    if len(times) == len(baseline):
+        return ratio(times, baseline)
+    return median(times) / median(baseline)
+
+
+def _peak(name: str, run: Pass, options: argparse.Namespace) -> float:
+    """Most memory held in a pass, in MiB: allocated on a GPU, resident on a CPU.
+
+    On a CPU in a process of its own, that starts with nothing but a few images' pass.
+    """
+    if torch.device(options.device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / MEBIBYTE
+    arguments = ["--network", options.network, "--batch-size", options.batch_size]
+    arguments += ["--image-size", options.image_size, "--device", "cpu", "--peak-of", name]
+    arguments += ["--channels-last"] if options.channels_last else []
+    command = [sys.executable, "-m", "benchmarks.statistics_cost", *map(str, arguments)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _resident_peak(options: argparse.Namespace) -> float:
+    """The process's largest resident memory in a pass of ``options.peak_of``, in MiB."""
+    METHODS[options.peak_of](_setting(options, images=1))()
+    run = METHODS[options.peak_of](_setting(options))
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    run()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(peak) / 1024
+
+
+def _inside_the_pass(setting: Setting, rounds: int) -> dict[str, float]:
+    """Time spent in all calls of channel_dot, and in the torch expression in its place.
 
     Here the caches are as they are in use: autograd has just written g, x is long gone.
     """
+    device = setting.x.device
 
-    def time_in(function) -> float:
+    def time_in(function: Callable) -> float:
         spent = []
 
         def timed(*arguments):
-            begin = time.perf_counter()
-            result = function(*arguments)
-            spent.append(time.perf_counter() - begin)
-            return result
+            results = []
+            spent.append(seconds_of(lambda: results.append(function(*arguments)), [()], device))
+            return results[0]
 
         with (
             patch.object(ops, "channel_dot", timed),
-            collect(model, graph, curvature="empirical") as stats,
+            collect(setting.model, setting.graph, curvature="empirical") as stats,
         ):
-            stats.backward(model(x), y)
+            stats.backward(setting.forward(), setting.y)
         return sum(spent)
 
     ours, expression = [], []
-    for _ in range(rounds):
-        ours.append(time_in(ops.channel_dot))
-        expression.append(time_in(lambda x, g, channel_dim: (x * g).sum((2, 3))))
+    for k in range(1 + rounds):
+        pair = time_in(ops.channel_dot), time_in(_expression)
+        if k:  # the first round warms up
+            ours.append(pair[0])
+            expression.append(pair[1])
     return {
         "ours, median ms": 1e3 * median(ours),
         "torch, median ms": 1e3 * median(expression),
@@ -115,28 +255,8 @@ def _inside_the_pass(model, graph, x, y, rounds: int) -> dict[str, float]:
     }
 
 
-def _validate(model, graph, x, y, stats) -> None:
-    """The last group's S against the same quantity by plain torch operators."""
-    group = graph.groups[-1]
-    (tap,) = group.gate_taps
-    seen = {}
-
-    def keep(tensor: torch.Tensor) -> None:
-        tensor.retain_grad()
-        seen["gate"] = tensor
-
-    module = model.get_submodule(tap.module)
-    if tap.port == "input":
-        hook = module.register_forward_pre_hook(lambda _, args: keep(args[0]))
-    else:
-        hook = module.register_forward_hook(lambda _, args, output: keep(output))
-    F.cross_entropy(model(x), y, reduction="sum").backward()
-    hook.remove()
-    a = (seen["gate"].double() * seen["gate"].grad.double()).sum((2, 3))
-    expected = a.T @ a / len(x)
-    error = ((stats[group].S - expected).norm() / expected.norm()).item()
-    if error > 1e-5:
-        raise AssertionError(f"S of {group.name} is off by {error:.2e}")
+def _expression(x: torch.Tensor, g: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    return (x * g).sum((2, 3), dtype=torch.float32)
 
 
 if __name__ == "__main__":

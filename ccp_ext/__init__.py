@@ -14,6 +14,7 @@ from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.graph import ChannelGraph, Tap, trace
+from ccp_ext.joint import JointCost, Refinement, refine
 from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import make_plan
@@ -29,8 +30,10 @@ __all__ = [
     "Choice",
     "Cost",
     "InputError",
+    "JointCost",
     "LatencyTable",
     "PruningPlan",
+    "Refinement",
     "Statistics",
     "Tap",
     "allocate",
@@ -50,6 +53,7 @@ __all__ = [
     "prune",
     "reestimate_batchnorm",
     "reference",
+    "refine",
     "refit",
     "save",
     "select",

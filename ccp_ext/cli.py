@@ -1,4 +1,4 @@
-"""The command line: ``ccp info | criteria | prune | compare | report | evaluate | demo``."""
+"""The command line: ``ccp`` with the commands that ``ccp --help`` lists."""
 
 from __future__ import annotations
 
@@ -58,23 +58,16 @@ def _criteria(options: argparse.Namespace) -> None:
 
     for name in criteria.names():
         criterion = criteria.get(name)
-        print(f"{name:12} {criterion.summary}\n{'':12} source: {criterion.source}")
+        lines = [criterion.summary, f"source: {criterion.source}"]
+        if criterion.note:
+            lines.append(f"note: {criterion.note}")
+        print(f"{name:16}" + f"\n{'':16}".join(lines))
 
 
 def _prune(options: argparse.Namespace) -> None:
     from ccp_ext import criteria, pipeline
-    from ccp_ext.finetune import FinetuneConfig
     from ccp_ext.report import table
 
-    schedule = None
-    if options.epochs:
-        schedule = FinetuneConfig(
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            augment=options.augment,
-            seed=options.seed,
-        )
     settings = pipeline.PruneSettings(
         model=options.model,
         weights=options.weights,
@@ -97,19 +90,34 @@ def _prune(options: argparse.Namespace) -> None:
             temperature=options.temperature,
             first_order=options.first_order,
             diagonal=options.diagonal,
+            normalise=options.normalise,
+            greedy=options.greedy,
+            ridge=options.ridge,
             seed=options.seed,
         ),
         scope=options.scope,
         images=options.images,
         batch_size=options.batch_size,
-        reestimate_images=options.reestimate_images,
-        finetune=schedule,
+        repair=options.repair,
+        repair_images=options.repair_images,
+        finetune=_schedule(options, seed=options.seed),
+        distil=options.distil,
+        auxiliary_heads=options.auxiliary_heads,
         seed=options.seed,
     )
     report = pipeline.run(
         settings, options.output, device=_device(options.device), progress=_progress(options)
     )
     print(table(report["stages"]))
+
+
+def _schedule(options: argparse.Namespace, **settings: Any) -> Any:
+    """The FinetuneConfig of the options, or None without epochs."""
+    from ccp_ext.finetune import FinetuneConfig
+
+    if not options.epochs:
+        return None
+    return FinetuneConfig(**{name: getattr(options, name) for name in _SCHEDULE}, **settings)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -140,18 +148,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from ccp_ext import compare, page
-    from ccp_ext.finetune import FinetuneConfig
+    from ccp_ext import compare, page, summary
     from ccp_ext.report import table
 
-    schedule = None
-    if options.epochs:
-        schedule = FinetuneConfig(
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            augment=options.augment,
-        )
     settings = compare.CompareSettings(
         model=options.model,
         weights=options.weights,
@@ -161,24 +160,40 @@ def _compare(options: argparse.Namespace) -> None:
         params=options.params,
         seeds=options.seeds,
         repair=options.repair,
+        allocation=options.allocation,
         multiple=options.multiple,
         scope=options.scope,
         images=options.images,
         batch_size=options.batch_size,
-        reestimate_images=options.reestimate_images,
-        finetune=schedule,
+        repair_images=options.repair_images,
+        finetune=_schedule(options),
     )
     devices = [_device(name) for name in options.device.split(",")]
     result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
-    for title, rows in compare.tables(result):
+    for title, rows in summary.tables(result):
         print(f"\n{title}\n{table(rows)}")
-    print(f"\n{compare.explanation(result)}\n{page.write(options.output)}")
+    print(f"\n{summary.explanation(result)}\n{page.write(options.output)}")
 
 
 def _report(options: argparse.Namespace) -> None:
     from ccp_ext import page
 
     print(page.write(options.folder, options.output))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    checkout = str(Path(__file__).resolve().parent.parent)
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)
+    try:
+        from benchmarks import suite
+    except ImportError as error:
+        raise InputError(
+            f"the benchmarks are not part of an installation ({error}); run it from a checkout"
+        ) from error
+    suite.main(options.arguments)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -215,8 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, run, summary, after_interrupt=""):
-        added = commands.add_parser(name, help=summary, description=summary)
+    def command(name, run, summary, after_interrupt="", **options):
+        added = commands.add_parser(name, help=summary, description=summary, **options)
         added.set_defaults(run=run, after_interrupt=after_interrupt)
         return added
 
@@ -283,19 +298,34 @@ def _parser() -> argparse.ArgumentParser:
         "--first-order", action=argparse.BooleanOptionalAction, help="use the linear term u"
     )
     choice.add_argument("--diagonal", action="store_true", help="drop the pairwise terms")
+    choice.add_argument(
+        "--normalise",
+        choices=("memory", "macs", "none"),
+        help="divide scores by this (group-fisher)",
+    )
+    choice.add_argument(
+        "--greedy", action="store_true", help="choose as published, not by the solver (qsfm)"
+    )
+    choice.add_argument("--ridge", type=float, help="of the refits that a criterion foresees")
     choice.add_argument("--images", type=int, default=10_000, help="images for the statistics")
     choice.add_argument("--seed", type=int, default=0)
 
     repair = prune.add_argument_group("repair")
     repair.add_argument(
-        "--reestimate-images",
-        type=int,
-        default=10_000,
-        help="training images for the BatchNorm re-estimation (0: none)",
+        "--repair",
+        default="batchnorm",
+        help="none, or steps of fold, refit, batchnorm joined by + (default batchnorm)",
     )
-    repair.add_argument("--epochs", type=int, default=0, help="of fine-tuning (default none)")
-    repair.add_argument("--learning-rate", type=float, default=0.01)
-    repair.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+    repair.add_argument(
+        "--repair-images", type=int, default=10_000, help="training images for the repair"
+    )
+    tuning = _add_schedule(prune)
+    tuning.add_argument(
+        "--distil", action="store_true", help="learn from the unpruned model's outputs as well"
+    )
+    tuning.add_argument(
+        "--auxiliary-heads", type=int, default=0, help="classifiers inside the network (CCP-AC: 3)"
+    )
 
     evaluate = command("evaluate", _evaluate, "accuracy, loss and size of a plain or slim model")
     _add_input(evaluate)
@@ -333,6 +363,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         help="shares of the parameters to keep, or counts",
     )
+    compare.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "optimal"),
+        help="of the criteria that do not say their own, as ccp:allocation=optimal does",
+    )
     compare.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     compare.add_argument(
         "--scope",
@@ -348,24 +384,67 @@ def _parser() -> argparse.ArgumentParser:
         "--repair",
         type=_list_of(str),
         default=("batchnorm",),
-        help="none, or steps of batchnorm, finetune joined by +, such as "
-        "none,batchnorm,batchnorm+finetune (default batchnorm)",
+        help="none, or steps of fold, refit, batchnorm, finetune joined by +, such as "
+        "none,batchnorm,refit+batchnorm (default batchnorm)",
     )
     compare.add_argument(
-        "--reestimate-images", type=int, default=10_000, help="training images for the repair"
+        "--repair-images", type=int, default=10_000, help="training images for the repair"
     )
-    compare.add_argument("--epochs", type=int, default=0, help="of the step finetune")
-    compare.add_argument("--learning-rate", type=float, default=0.01)
-    compare.add_argument("--augment", choices=("crop_flip",), help="of the fine-tuning images")
+    _add_schedule(compare)
 
     report = command("report", _report, "one HTML page of a folder of `ccp prune` or `ccp compare`")
     report.add_argument("folder", help="the --output of the run")
     report.add_argument("--output", help="file to write (default report.html in the folder)")
 
+    # Its options are the benchmarks' own, so here they are words like others.
+    bench = command(
+        "bench",
+        _bench,
+        "time every operator beside its rivals (in a checkout)",
+        add_help=False,
+        prefix_chars="+",
+    )
+    bench.add_argument("arguments", nargs="*", help="as of `python -m benchmarks`")
+
     demo = command("demo", _demo, "train, prune and fine-tune a small ResNet on digits")
     demo.add_argument("--output", default="demo_output", help="folder for the slim model")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+# Options of FinetuneConfig that the command line offers.
+_SCHEDULE = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "warmup_epochs",
+    "weight_decay",
+    "label_smoothing",
+    "mixup",
+    "ema_decay",
+    "augment",
+    "channels_last",
+    "amp",
+)
+
+
+def _add_schedule(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    tuning = command.add_argument_group("fine-tuning")
+    tuning.add_argument("--epochs", type=int, default=0, help="default none")
+    tuning.add_argument("--learning-rate", type=float, default=0.01, help="its peak (default 0.01)")
+    tuning.add_argument("--schedule", choices=("cosine", "step"), default="cosine")
+    tuning.add_argument("--warmup-epochs", type=float, default=0.0)
+    tuning.add_argument("--weight-decay", type=float, default=1e-4)
+    tuning.add_argument("--label-smoothing", type=float, default=0.0)
+    tuning.add_argument("--mixup", type=float, default=0.0, help="alpha (default 0: none)")
+    tuning.add_argument(
+        "--ema-decay", type=float, default=0.0, help="moving average of the weights, by step"
+    )
+    tuning.add_argument("--augment", choices=("crop_flip",), help="of the images")
+    tuning.add_argument("--channels-last", action="store_true", help="memory format")
+    tuning.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    return tuning
 
 
 def _add_input(

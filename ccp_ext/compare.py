@@ -11,17 +11,14 @@ is for the figures that are then quoted.
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,23 +26,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ccp_ext import allocation, criteria, files, measure, surgery
-from ccp_ext.compensation import reestimate_batchnorm
+from ccp_ext import allocation, criteria, files, measure, repair, surgery
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph
-from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, gather, load_inputs, sample
+from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs, sample
 from ccp_ext.plan import PruningPlan
-from ccp_ext.planning import make_plan
-from ccp_ext.report import table
+from ccp_ext.planning import ALLOCATIONS, make_plan
+from ccp_ext.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
 
 CONTROL = "random"
-NO_REPAIR = "none"
-STEPS = ("batchnorm", "finetune")
-PARTS = ("selection", "report", "all")
-COSTS = ("statistics", "choice", "repair")
+FINETUNE = "finetune"
 
 
 @dataclass(frozen=True)
@@ -54,24 +47,27 @@ class Arm:
 
     Attributes:
         label: the text that it was read from.
+        allocation: in place of the comparison's, or None.
     """
 
     label: str
     criterion: str
     options: criteria.Options
+    allocation: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Arm:
         """Read ``criterion:option=value:...``, such as ``ccp:curvature=sampled:diagonal``.
 
-        An option is a field of :class:`ccp_ext.criteria.Options` other than the seed, which the
-        comparison sets; one without a value is true.
+        An option is ``allocation`` or a field of :class:`ccp_ext.criteria.Options` other than the
+        seed, which the comparison sets; one without a value is true.
 
         Raises:
             InputError: an unknown criterion or option, or a value that is out of range.
         """
         name, *settings = text.split(":")
-        known = [f.name for f in dataclasses.fields(criteria.Options) if f.name != "seed"]
+        known = {f.name: f.type for f in dataclasses.fields(criteria.Options) if f.name != "seed"}
+        known["allocation"] = "str"
         options = {}
         for setting in settings:
             option, given, value = setting.partition("=")
@@ -81,8 +77,14 @@ class Arm:
                     f"{', '.join(known)}"
                 )
             options[option] = _value(value) if given else True
+            accepted = known[option].replace("float", "float | int").split(" | ")
+            if type(options[option]).__name__ not in accepted:
+                raise InputError(f"criteria: {text!r} sets {option}, which takes {known[option]}")
         criteria.get(name)
-        return cls(text, name, criteria.Options(**options))
+        own = options.pop("allocation", None)
+        if own is not None:
+            _check_allocation(own)
+        return cls(text, name, criteria.Options(**options), own)
 
     def with_seed(self, seed: int) -> criteria.Criterion:
         return criteria.get(self.criterion, dataclasses.replace(self.options, seed=seed))
@@ -98,10 +100,13 @@ class CompareSettings:
         macs, params: budgets, of one kind; see :func:`ccp_ext.allocation.allocate`.
         seeds: each draws the images of the statistics and of the repair, the random numbers of the
             criterion, and the order of fine-tuning, as the seed of ``ccp prune`` does.
-        repair: "none", or steps joined by "+", in their order: "batchnorm" (re-estimation of the
-            statistics), "finetune" (the schedule).
+        repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
+            layer), "refit" (least squares), "batchnorm" (re-estimation), "finetune" (the schedule);
+            see :mod:`ccp_ext.compensation`.
+        allocation: "uniform" or "optimal", for all arms that do not bring their own; see
+            :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
-        images, reestimate_images: training images for the statistics and for the repair.
+        images, repair_images: training images for the statistics and for the repair.
         finetune: the schedule of the step "finetune"; its seed is the row's.
 
     Raises:
@@ -116,11 +121,12 @@ class CompareSettings:
     params: tuple[float | int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     repair: tuple[str, ...] = ("batchnorm",)
+    allocation: str = "uniform"
     multiple: int = 1
     scope: str = "inner"
     images: int = 10_000
     batch_size: int = 128
-    reestimate_images: int = 10_000
+    repair_images: int = 10_000
     finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
@@ -135,14 +141,15 @@ class CompareSettings:
         for option in ("seeds", "repair"):
             if not getattr(self, option):
                 raise InputError(f"{option} must hold one value or more")
-        for option in ("images", "batch_size", "reestimate_images"):
+        for option in ("images", "batch_size", "repair_images"):
             if getattr(self, option) < 1:
                 raise InputError(f"{option} must be at least 1, got {getattr(self, option)}")
         if min(self.seeds) < 0:
             raise InputError(f"seeds must be at least 0, got {min(self.seeds)}")
+        _check_allocation(self.allocation)
         self.arms()
-        for repair in self.repair:
-            self._check_repair(repair)
+        for text in self.repair:
+            self._check_repair(text)
 
     def arms(self) -> list[Arm]:
         return [Arm.parse(text) for text in self.criteria]
@@ -151,20 +158,18 @@ class CompareSettings:
         """(kind, value) of every budget."""
         return [(kind, value) for kind in ("macs", "params") for value in getattr(self, kind)]
 
-    def _check_repair(self, repair: str) -> None:
-        steps = repair_steps(repair)
-        in_order = [step for step in STEPS if step in steps]
-        if steps != in_order:
-            raise InputError(
-                f"repair must be {NO_REPAIR}, or steps of {', '.join(STEPS)} in this order joined "
-                f"by +; got {repair!r}"
-            )
-        if "finetune" in steps and self.finetune is None:
-            raise InputError(f"repair {repair!r} needs a schedule of fine-tuning (epochs)")
+    def _check_repair(self, text: str) -> None:
+        if FINETUNE in repair_steps(text) and self.finetune is None:
+            raise InputError(f"repair {text!r} needs a schedule of fine-tuning (epochs)")
 
 
-def repair_steps(repair: str) -> list[str]:
-    return [] if repair == NO_REPAIR else repair.split("+")
+def _check_allocation(name: Any) -> None:
+    if name not in ALLOCATIONS:
+        raise InputError(f"allocation must be one of {', '.join(ALLOCATIONS)}; got {name!r}")
+
+
+def repair_steps(text: str) -> tuple[str, ...]:
+    return repair.parse(text, [FINETUNE])
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ def compare(
         say: gets a line for each row; must be a module's function if there are several devices.
 
     Returns:
-        {"settings", "plain", "rows", "summary"}: see :func:`summarise`; a row has the columns of
+        {"settings", "plain", "rows", "summary", "ranks"}; a row has the columns of
         :class:`Job`, MACs, parameters and their shares that are kept, the forecast objective,
         accuracy (percent) and loss on the halves of the test set and on the whole, and the seconds
         and peak memory (MiB) of statistics, choice and repair.
@@ -233,10 +238,11 @@ def compare(
         "plain": plain,
         "rows": rows,
         "summary": summarise(rows),
+        "ranks": rank(rows),
     }
     folder.write("comparison.json", result)
-    files.write_text(folder.path / "comparison.csv", _csv(rows))
-    files.write_text(folder.path / "comparison.md", markdown(result))
+    files.write_text(folder.path / "comparison.csv", as_csv(rows))
+    files.write_text(folder.path / "comparison.md", as_markdown(result))
     return result
 
 
@@ -256,11 +262,11 @@ def _check(settings: CompareSettings, inputs: Inputs) -> None:
 def _jobs(settings: CompareSettings) -> list[Job]:
     """All rows, those that share statistics together."""
     return [
-        Job(arm.label, kind, value, repair, seed)
+        Job(arm.label, kind, value, steps, seed)
         for seed in settings.seeds
         for arm in _sharing_together(settings.arms(), seed)
         for kind, value in settings.budgets()
-        for repair in settings.repair
+        for steps in settings.repair
     ]
 
 
@@ -272,7 +278,9 @@ def _sharing_together(arms: Sequence[Arm], seed: int) -> list[Arm]:
 def _statistics_key(arm: Arm, seed: int) -> str:
     """Equal for arms whose statistics are equal."""
     needed = arm.with_seed(seed).statistics()
-    return arm.label if needed is None else json.dumps(needed, sort_keys=True)
+    if needed is None:
+        return f"{arm.criterion} {arm.options}"
+    return json.dumps(needed, sort_keys=True)
 
 
 @dataclass
@@ -290,7 +298,10 @@ class _Bench:
         return self.inputs.example.device
 
     def plain(self) -> dict[str, Any]:
-        return self._size(self.inputs.model) | self._evaluations(self.inputs.model)
+        """The unpruned model, and how many images the halves hold."""
+        images = len(self.inputs.test)
+        halves = {"selection images": images // 2, "report images": images - images // 2}
+        return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | halves
 
     def row(self, job: Job) -> dict[str, Any]:
         plan, gathering, choosing = self._plan(job)
@@ -310,7 +321,7 @@ class _Bench:
 
         def gathered() -> Any:
             images = sample(self.inputs.train, self.settings.images, job.seed)
-            return gather(
+            return criteria.gather(
                 self.inputs.model,
                 self.inputs.graph,
                 criterion,
@@ -320,10 +331,14 @@ class _Bench:
             )
 
         def chosen() -> PruningPlan:
-            graph = self.inputs.graph
-            costs = criterion.costs(self.inputs.model, graph, stats)
-            budget = {job.kind: job.budget}
-            return make_plan(graph, costs, **budget, multiple=self.settings.multiple)
+            costs = criterion.costs(self.inputs.model, self.inputs.graph, stats)
+            return make_plan(
+                self.inputs.graph,
+                costs,
+                **{job.kind: job.budget},
+                allocation=arm.allocation or self.settings.allocation,
+                multiple=self.settings.multiple,
+            )
 
         key = (_statistics_key(arm, job.seed), job.seed)
         stats, gathering = self._once("statistics", key, gathered)
@@ -340,22 +355,30 @@ class _Bench:
             self._last[what] = (key, value, used)
         return self._last[what][1:]
 
-    def _repair(self, model: nn.Module, job: Job) -> measure.Resources:
-        steps, settings = repair_steps(job.repair), self.settings
-        images = sample(self.inputs.train, settings.reestimate_images, job.seed + 1)
-        with measure.resources(self.device) as used:
-            if "batchnorm" in steps:
-                batches = images.batches(settings.batch_size)
-                reestimate_batchnorm(model, batches, progress=self.progress)
-        if "finetune" in steps:
-            used = used.then(self._finetune(model, job))
-        return used
+    def _repair(self, slim: nn.Module, job: Job) -> measure.Resources:
+        images = sample(self.inputs.train, self.settings.repair_images, job.seed + 1)
+        total = measure.Resources(0.0, 0.0)
+        for step in repair_steps(job.repair):
+            if step == FINETUNE:
+                used = self._finetune(slim, job)
+            else:
+                with measure.resources(self.device) as used:
+                    repair.apply(
+                        step,
+                        self.inputs.model,
+                        slim,
+                        images,
+                        batch_size=self.settings.batch_size,
+                        progress=self.progress,
+                    )
+            total = total.then(used)
+        return total
 
-    def _finetune(self, model: nn.Module, job: Job) -> measure.Resources:
+    def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
         checkpoint = (self.folder.path / job.file).with_suffix(".pt")
         with measure.resources(self.device) as used:
             history = finetune(
-                model,
+                slim,
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,
@@ -453,114 +476,6 @@ def _read_row(folder: RunFolder, job: Job) -> dict[str, Any] | None:
     if row is not None and any(row.get(k) != v for k, v in dataclasses.asdict(job).items()):
         raise InputError(f"{folder.path / job.file} is damaged; remove it to go on")
     return row
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each budget, repair and arm: means and standard deviations over the seeds.
-
-    Every number of a row appears as its mean, and the accuracies and losses also as their sample
-    standard deviation under "... spread" (None for a single seed). "mark" is "best" for the
-    highest mean accuracy on the report half at that budget and repair, "close" where the
-    difference to it is at most the larger of the two spreads, and "" for the others. Within a
-    budget and repair the best come first.
-    """
-    cells: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in rows:
-        cell = cells.setdefault((row["kind"], row["budget"], row["repair"]), {})
-        cell.setdefault(row["criterion"], []).append(row)
-    return [entry for cell in cells.values() for entry in _ranked(cell)]
-
-
-def _ranked(cell: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    entries = sorted(
-        (_average(rows) for rows in cell.values()), key=lambda e: -e["report accuracy"]
-    )
-    best = entries[0]
-    for entry in entries:
-        spread = max(e["report accuracy spread"] or 0.0 for e in (best, entry))
-        close = best["report accuracy"] - entry["report accuracy"] <= spread
-        entry["mark"] = "best" if entry is best else "close" if close else ""
-    return entries
-
-
-def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    entry: dict[str, Any] = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        if name == "seed":
-            entry["seeds"] = len(values)
-        elif name == "budget" or not isinstance(first, int | float):
-            entry[name] = first
-        else:
-            entry[name] = statistics.fmean(values)
-        if name.endswith(("accuracy", "loss")):
-            entry[f"{name} spread"] = statistics.stdev(values) if len(values) > 1 else None
-    return entry
-
-
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(title, rows to show) for each budget and repair."""
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for entry in result["summary"]:
-        title = (
-            f"{entry['kind']} {entry['budget']}, repair: {entry['repair']} "
-            f"({entry['MACs kept']:.1%} of the MACs and {entry['parameters kept']:.1%} of the "
-            "parameters kept)"
-        )
-        shown.setdefault(title, []).append(_cells(entry))
-    return list(shown.items())
-
-
-def _cells(entry: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {"criterion": entry["criterion"], "": entry["mark"]}
-    for part in PARTS:
-        cells[f"{part} %"] = with_spread(entry, f"{part} accuracy")
-    cells["report loss"] = with_spread(entry, "report loss", 4)
-    cells["objective"] = f"{entry['objective']:.4g}"
-    for name in COSTS:
-        cells[f"{name} s"] = f"{entry[f'{name} seconds']:.2f}"
-    peaks = [entry[f"{name} MiB"] for name in COSTS]
-    cells["peak MiB"] = None if None in peaks else f"{max(peaks):.0f}"
-    return cells
-
-
-def with_spread(entry: Mapping[str, Any], name: str, digits: int = 2) -> str:
-    """The mean of a column of the summary, with its spread if there is one."""
-    spread = entry[f"{name} spread"]
-    return f"{entry[name]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-
-
-def explanation(result: Mapping[str, Any]) -> str:
-    """What the tables show, in a few sentences."""
-    settings, plain = result["settings"], result["plain"]
-    seeds, memory = len(settings["seeds"]), result["rows"][0]["memory"]
-    return (
-        f"{settings['model']}: {settings['images']:,} training images for the statistics, "
-        f"{settings['reestimate_images']:,} for the re-estimation, {seeds} "
-        f"seed{'s' if seeds > 1 else ''} (mean ± standard deviation). The unpruned model has "
-        f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
-        f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
-        "% on all. best: the highest mean on the report half; close: within the larger of the two "
-        f"spreads of the best. Memory: {memory}."
-    )
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    parts = [f"# Comparison on {result['settings']['model']}", explanation(result)]
-    for title, rows in tables(result):
-        parts += [f"## {title}", table(rows, markdown=True)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _value(text: str) -> Any:

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.datasets.image_set import AUGMENTATIONS, ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, check_logits, evaluate, place, training_flags_kept
@@ -46,6 +47,8 @@ class FinetuneConfig:
     distillation_weight, temperature: with a teacher the loss is (1 - weight) * cross-entropy +
     weight * temperature^2 * KL(teacher || model), both softened by the temperature (Hinton,
     Vinyals and Dean 2015); without one they have no effect.
+    auxiliary_weight: with auxiliary heads their cross-entropies, times this, are added to the
+    model's (Zhuang et al. 2018); without them it has no effect.
     mixup: 0 for none, or alpha: each batch is blended with itself in another order, images and
     losses by one share drawn from Beta(alpha, alpha) (Zhang et al. 2018); train_accuracy then
     counts hits of the label with the larger share.
@@ -70,6 +73,7 @@ class FinetuneConfig:
     label_smoothing: float = 0.0
     distillation_weight: float = 0.5
     temperature: float = 4.0
+    auxiliary_weight: float = 1.0
     mixup: float = 0.0
     ema_decay: float = 0.0
     augment: str | None = None
@@ -124,6 +128,10 @@ _ACCEPTED: dict[str, tuple[str, Callable[[FinetuneConfig], bool]]] = {
     "label_smoothing": ("at least 0 and below 1", lambda c: 0 <= c.label_smoothing < 1),
     "distillation_weight": ("between 0 and 1", lambda c: 0 <= c.distillation_weight <= 1),
     "temperature": ("a finite number above 0", lambda c: 0 < c.temperature < math.inf),
+    "auxiliary_weight": (
+        "a finite number of at least 0",
+        lambda c: 0 <= c.auxiliary_weight < math.inf,
+    ),
     "mixup": ("a finite number of at least 0", lambda c: 0 <= c.mixup < math.inf),
     "ema_decay": ("at least 0 and below 1", lambda c: 0 <= c.ema_decay < 1),
     "augment": ("None or crop_flip", lambda c: c.augment in (None, *AUGMENTATIONS)),
@@ -159,6 +167,7 @@ def finetune(
     *,
     device: torch.device | str | None = None,
     teacher: nn.Module | None = None,
+    auxiliary: AuxiliaryHeads | None = None,
     validate: Validation | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | None = None,
@@ -171,6 +180,7 @@ def finetune(
     config, settings: a FinetuneConfig, by default the plain one, and fields to replace in it:
     ``finetune(model, data, epochs=40, learning_rate=0.02)``.
     teacher: a classifier of the same classes to distil from, used in eval mode.
+    auxiliary: heads that read the model, trained along with it and of no use afterwards.
     validate: after each epoch, an image set to evaluate on or a function of the model that returns
     an Evaluation or an accuracy in percent.
     checkpoint: a file written at the end of each epoch, whole at any moment. Where it exists, the
@@ -193,7 +203,11 @@ def finetune(
     device = place(model, device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    run = _Run(model, _optimizer(model, config), train_set, config, device, teacher, progress)
+    if auxiliary is not None:
+        auxiliary.to(device)
+    trained = nn.ModuleList([model] if auxiliary is None else [model, auxiliary])
+    optimizer = _optimizer(trained, config)
+    run = _Run(model, optimizer, train_set, config, device, teacher, progress, auxiliary)
     identity = run.identity() if checkpoint is not None else {}
     history = _resume(checkpoint, identity, run)
     with (
@@ -225,6 +239,7 @@ class _Run:
     device: torch.device
     teacher: nn.Module | None
     progress: bool
+    auxiliary: AuxiliaryHeads | None = None
 
     def __post_init__(self) -> None:
         self.average: AveragedModel | None = None
@@ -250,7 +265,7 @@ class _Run:
         steps = self.train_set.num_batches(config.batch_size)
         title = f"epoch {epoch + 1}/{config.epochs}"
         loss_sum, correct = 0.0, 0
-        with tqdm(batches, title, steps, disable=not self.progress) as bar:
+        with self._heads_attached(), tqdm(batches, title, steps, disable=not self.progress) as bar:
             for step, (x, y) in enumerate(bar):
                 rate = self._set_learning_rate(epoch, step, steps)
                 loss, hits = self._step(x, y)
@@ -265,6 +280,12 @@ class _Run:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._check_weights(epoch, rate)
         return rate, loss_sum / count, 100 * correct / count
+
+    def _heads_attached(self) -> contextlib.AbstractContextManager[None]:
+        if self.auxiliary is None:
+            return contextlib.nullcontext()
+        self.auxiliary.train()
+        return self.auxiliary.attached(self.model)
 
     def _set_learning_rate(self, epoch: int, step: int, steps: int) -> float:
         # In the middle of the step, so that neither a warm-up nor a one-step epoch trains at 0.
@@ -303,10 +324,10 @@ class _Run:
 
     def _loss(self, logits: Tensor, blend: Blend, taught: Tensor | None) -> Tensor:
         config = self.config
-        loss = sum(
-            share * cross_entropy(logits, y, label_smoothing=config.label_smoothing)
-            for share, y in blend
-        )
+        loss = self._cross_entropy(logits, blend)
+        if self.auxiliary is not None:
+            heads = sum(self._cross_entropy(z.float(), blend) for z in self.auxiliary())
+            loss = loss + config.auxiliary_weight * heads
         if taught is None:
             return loss
         if taught.shape != logits.shape:
@@ -318,6 +339,12 @@ class _Run:
         divergence = kl_div(*softened, reduction="batchmean", log_target=True)
         weight = config.distillation_weight
         return (1 - weight) * loss + weight * config.temperature**2 * divergence
+
+    def _cross_entropy(self, logits: Tensor, blend: Blend) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return sum(
+            share * cross_entropy(logits, y, label_smoothing=smoothing) for share, y in blend
+        )
 
     def _check_weights(self, epoch: int, rate: float) -> None:
         for name, value in self.model.state_dict().items():
@@ -341,6 +368,7 @@ class _Run:
             "model": _shapes(self.model),
             "start": _norms(self.model),
             "teacher": _norms(self.teacher) if self.teacher is not None else {},
+            "auxiliary": _norms(self.auxiliary) if self.auxiliary is not None else {},
         }
 
 
@@ -429,6 +457,7 @@ def _save(
         "identity": identity,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "auxiliary": None if run.auxiliary is None else run.auxiliary.state_dict(),
         "average": None if run.average is None else run.average.state_dict(),
         "history": [dataclasses.asdict(record) for record in history],
     }
@@ -444,6 +473,8 @@ def _resume(path: str | os.PathLike[str] | None, identity: dict[str, Any], run: 
     _check_same_run(path, content["identity"], identity)
     run.model.load_state_dict(content["model"])
     run.optimizer.load_state_dict(content["optimizer"])
+    if run.auxiliary is not None:
+        run.auxiliary.load_state_dict(content["auxiliary"])
     if run.average is not None:
         run.average.load_state_dict(content["average"])
     return [EpochRecord(**record) for record in content["history"]]
@@ -472,7 +503,11 @@ def _check_same_run(
             then, now = there[part].get(key), here[part].get(key)
             if then != now:
                 refuse(f"{part}: {key} is {then} there and {now} here")
-    for part, what in (("teacher", "the teacher"), ("start", "the model the run began with")):
+    for part, what in (
+        ("teacher", "the teacher"),
+        ("auxiliary", "the auxiliary heads that the run began with"),
+        ("start", "the model the run began with"),
+    ):
         # Nearly, not exactly: what is computed on a GPU before may differ in the last bits.
         if there[part].keys() != here[part].keys() or not all(
             math.isclose(there[part][name], norm, rel_tol=1e-3) for name, norm in here[part].items()

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ccp_ext.graph import ChannelGraph
 
 
+# A layer of 32 by 32 widths takes a thousand timings.
+MOST_STEPS = 32
+
+
 def macs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> int:
     """Multiply-accumulate operations of one forward pass on the example inputs, all samples.
 
@@ -186,8 +190,9 @@ def latency_table(
             measured at their full width only.
         example_inputs: a tensor, or the tensors of the positional arguments, on the model's device;
             the batch size and dtype that the pruned model will run with.
-        widths: the sizes of each side of a layer to measure beside the full one: a step, or a list,
-            or a list for each layer by path (layers without an entry at full width only).
+        widths: the sizes of each side of a layer to measure beside the full one: a step (doubled
+            while it gives a side more than ``MOST_STEPS``), or a list, or a list for each layer by
+            path (layers without an entry at full width only).
         repeats, warmup: of each timing, see :func:`latency`.
         timer: what times a module on its arguments, in milliseconds; None is the median of
             :func:`latency`.
@@ -307,7 +312,10 @@ def _measured_widths(asked: int | Sequence[int], full: int, least: int) -> tuple
     if isinstance(asked, int):
         if asked < 1:
             raise InputError(f"latency_table: the step of the widths must be >= 1; got {asked!r}")
-        asked = range(asked, full, asked)
+        step = asked
+        while full > MOST_STEPS * step:
+            step *= 2
+        asked = range(step, full, step)
     for width in asked:
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise InputError(f"latency_table: widths must be integers >= 1; got {width!r}")

@@ -1,17 +1,17 @@
 """The main job from one end to the other, in a folder from which it can go on after a stop.
 
 model + data -> graph -> allocation -> statistics -> selection -> plan -> surgery
-             -> BatchNorm re-estimation -> fine-tuning -> report
+             -> repair -> fine-tuning -> report
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from ccp_ext import criteria, datasets, files, measure, surgery
+from ccp_ext import criteria, datasets, files, measure, repair, snapshot, surgery
+from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.checkpoints import load_model, model_factory
-from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
-from ccp_ext.evaluation import evaluate
+from ccp_ext.evaluation import evaluate, place
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
 from ccp_ext.latency import LatencyTable
@@ -35,7 +34,6 @@ from ccp_ext.planning import ALLOCATIONS, make_plan
 from ccp_ext.rounds import Schedule
 from ccp_ext.statistics import Statistics, collect
 
-SECONDS_BETWEEN_CHECKPOINTS = 20.0
 BUDGETS = ("macs", "params", "activations", "latency", "ratio")
 LATENCY_FILE, LATENCY_STEP = "latency.json", 8
 COLUMNS = ("stage", "accuracy %", "loss", "MACs", "parameters", "latency ms")
@@ -56,8 +54,11 @@ class PruneSettings:
         rounds: the budget is reached in so many steps, with statistics anew before each.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images: training images that the statistics are gathered from.
-        reestimate_images: training images for the BatchNorm re-estimation; 0 leaves it out.
+        repair: "none", or steps of :mod:`ccp_ext.repair` joined by "+", taken in every round.
+        repair_images: training images for the repair.
         finetune: the schedule, or None for no fine-tuning.
+        distil: fine-tune with the plain model as teacher.
+        auxiliary_heads: classifiers inside the network while it is fine-tuned; CCP-AC has 3.
     """
 
     model: str
@@ -78,8 +79,11 @@ class PruneSettings:
     scope: str = "inner"
     images: int = 10_000
     batch_size: int = 128
-    reestimate_images: int = 10_000
+    repair: str = "batchnorm"
+    repair_images: int = 10_000
     finetune: FinetuneConfig | None = None
+    distil: bool = False
+    auxiliary_heads: int = 0
     seed: int = 0
 
     def budget(self) -> dict[str, float | int | str]:
@@ -104,7 +108,9 @@ class PruneSettings:
             )
         if self.latency_table is not None and self.latency is None:
             raise InputError("latency_table is given, but the budget is not a latency")
-        lowest = {"images": 1, "batch_size": 1, "reestimate_images": 0, "seed": 0, "rounds": 1}
+        repair.parse(self.repair)
+        lowest = {"images": 1, "batch_size": 1, "repair_images": 1, "rounds": 1, "seed": 0}
+        lowest |= {"auxiliary_heads": 0}
         for name, low in lowest.items():
             if not low <= getattr(self, name) < 2**63 - 1:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -120,10 +126,11 @@ def run(
 ) -> dict[str, Any]:
     """Prune, repair, evaluate and save; an interrupted run goes on where it stopped.
 
-    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors`` and
-    ``report.json`` (last, so a report means that the rest is whole), ``latency.json`` if it
-    measured a latency table, and while it runs ``stages.json``, ``forecast.json``,
-    ``statistics.pt`` and ``finetune.pt``, and with several rounds a plan of each.
+    Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
+    ``snapshot.safetensors`` (what :mod:`ccp_ext.page` shows of the statistics) and ``report.json``
+    (last, so a report means that the rest is whole), ``latency.json`` if it measured a latency
+    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt`` and
+    ``finetune.pt``, and with several rounds a plan of each.
 
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
@@ -168,6 +175,8 @@ def run(
             train,
             settings.finetune,
             device=device,
+            teacher=rounds.plain if settings.distil else None,
+            auxiliary=_auxiliary_heads(settings, inputs),
             checkpoint=folder.path / "finetune.pt",
             log=folder.path / "finetune.csv",
             progress=progress,
@@ -184,9 +193,19 @@ def run(
     return report
 
 
+def _auxiliary_heads(settings: PruneSettings, inputs: Inputs) -> AuxiliaryHeads | None:
+    if not settings.auxiliary_heads:
+        return None
+    model, classes = inputs.model, inputs.train.num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        graph = trace(model, inputs.example)
+        return AuxiliaryHeads.spread(model, graph, classes, count=settings.auxiliary_heads)
+
+
 @dataclass
 class _Rounds:
-    """The rounds of a run: statistics, plan, surgery and BatchNorm re-estimation of each.
+    """The rounds of a run: statistics, plan, surgery and repair of each.
 
     Attributes:
         plan: what the rounds so far do to the plain model.
@@ -205,6 +224,7 @@ class _Rounds:
     def __post_init__(self) -> None:
         self.forecast: list[dict[str, Any]] = self.folder.read("forecast.json", list) or []
         self.images = sample(self.inputs.train, self.settings.images, self.settings.seed)
+        self.plain = copy.deepcopy(self.inputs.model)
 
     def run(self, number: int) -> None:
         settings, model = self.settings, self.inputs.model
@@ -218,11 +238,17 @@ class _Rounds:
         self.plan = plan if self.plan is None else self.plan.then(plan)
         last = "" if number == settings.rounds else f", round {number}"
         self.recorder.record(f"pruned{last}", model)
-        if settings.reestimate_images:
-            images = sample(self.inputs.train, settings.reestimate_images, settings.seed + 1)
-            batches = images.batches(settings.batch_size)
-            reestimate_batchnorm(model, batches, progress=self.progress)
-            self.recorder.record(f"re-estimated{last}", model)
+        images = sample(self.inputs.train, settings.repair_images, settings.seed + 1)
+        for step in repair.parse(settings.repair):
+            repair.apply(
+                step,
+                self.plain,
+                model,
+                images,
+                batch_size=settings.batch_size,
+                progress=self.progress,
+            )
+            self.recorder.record(f"{repair.STEPS[step]}{last}", model)
 
     def temporary_files(self) -> list[str]:
         """What is of no use when the run is over."""
@@ -236,7 +262,7 @@ class _Rounds:
         graph = self.inputs.graph
         if number > 1:
             graph = in_scope(trace(model, self.inputs.example), settings.scope)
-        stats = gather(
+        data = criteria.gather(
             model,
             graph,
             self.criterion,
@@ -245,13 +271,17 @@ class _Rounds:
             checkpoint=self.folder.path / self._file("statistics", number, "pt"),
             progress=self.progress,
         )
+        costs = self.criterion.costs(model, graph, data)
+        if number == 1:
+            shown = snapshot.take(model, graph, costs, self.inputs.train)
+            shown.save(self.folder.path / "snapshot.safetensors")
         return make_plan(
             graph,
-            self.criterion.costs(model, graph, stats),
+            costs,
             **self.schedule.at(number, graph, self.plan),
             allocation=settings.allocation,
             **settings.rules(),
-            record={**_plain(settings), "statistics": stats and stats.settings()},
+            record={**_plain(settings), "statistics": _settings_of(data)},
         )
 
     @contextlib.contextmanager
@@ -337,64 +367,22 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
     """Load what the names stand for.
 
     Raises:
-        InputError: something is missing, unreadable or does not fit, or no group is in the scope.
+        InputError: something is missing, unreadable or does not fit, the device cannot be used, or
+            no group is in the scope.
     """
     train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
     factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, subject.weights).to(device)
-    example = train.normalise(train.images[:1]).to(device)
+    model = load_model(factory, subject.weights)
+    example = train.normalise(train.images[:1]).to(place(model, device))
     return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
 
 
 def check_statistics(model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion) -> None:
-    """Raise InputError for options of a criterion that :func:`ccp_ext.collect` refuses."""
+    """Raise InputError for a criterion whose options or whose needs of the model are not met."""
     if (needed := criterion.statistics()) is not None:
         collect(model, graph, **needed)  # nothing is observed yet
-
-
-def gather(
-    model: nn.Module,
-    graph: ChannelGraph,
-    criterion: criteria.Criterion,
-    images: ImageSet,
-    *,
-    batch_size: int = 128,
-    checkpoint: Path | None = None,
-    progress: bool = True,
-) -> Statistics | None:
-    """The statistics that a criterion asks for, or None if it needs no data.
-
-    Args:
-        checkpoint: where the sums so far are kept every few seconds, and read at the start.
-
-    Raises:
-        InputError: the loss is not finite.
-    """
-    options = criterion.statistics()
-    if options is None:
-        return None
-    device = next(model.parameters()).device
-    with collect(model, graph, **options) as stats:
-        start = _resume_statistics(stats, checkpoint)
-        saved, total_loss = time.monotonic(), torch.zeros((), device=device)
-        batches = images.batches(batch_size, device=device, start=start)
-        bar = tqdm(
-            batches,
-            "statistics",
-            images.num_batches(batch_size),
-            initial=start,
-            disable=not progress,
-            leave=False,
-        )
-        for done, (x, y) in enumerate(bar, start + 1):
-            total_loss += stats.backward(model(x), y)
-            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                _require_finite(total_loss, done * batch_size)
-                _save_statistics(stats, checkpoint, done)
-                saved = time.monotonic()
-        _require_finite(total_loss, len(images))
-        _save_statistics(stats, checkpoint, images.num_batches(batch_size))
-    return stats
+    else:
+        criterion.observation(model, graph)
 
 
 def in_scope(graph: ChannelGraph, scope: str) -> ChannelGraph:
@@ -501,41 +489,16 @@ def sample(images: ImageSet, count: int, seed: int) -> ImageSet:
     return images.subset(order[:count])
 
 
-def _resume_statistics(stats: Statistics, checkpoint: Path | None) -> int:
-    """Load the sums so far; returns the number of batches they hold."""
-    if checkpoint is None or not checkpoint.exists():
-        return 0
-    state = files.load_tensors(checkpoint)
-    try:
-        stats.load_state_dict(state["statistics"])
-        return state["batches"]
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{checkpoint} is damaged or of another run ({error}); remove it to start anew"
-        ) from error
-
-
-def _save_statistics(stats: Statistics, checkpoint: Path | None, batches: int) -> None:
-    if checkpoint is not None:
-        with files.atomic_path(checkpoint) as temporary:
-            torch.save({"statistics": stats.state_dict(), "batches": batches}, temporary)
-
-
-def _require_finite(total_loss: torch.Tensor, images: int) -> None:
-    # Without targets there is no loss to look at, and none of the criteria goes without them.
-    if not torch.isfinite(total_loss):
-        raise InputError(
-            f"statistics: the loss is {total_loss.item()} within the first {images} images; check "
-            "the weights, the data and their normalisation"
-        )
-
-
 def _digest(*tensors: torch.Tensor) -> str:
     """SHA-256 of the values, by which a file that changed under its name is known."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _settings_of(data: Any) -> dict[str, Any] | None:
+    return data.settings() if isinstance(data, Statistics) else None
 
 
 def _plain(settings: PruneSettings) -> dict[str, Any]:

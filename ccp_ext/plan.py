@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccp_ext import files
+from ccp_ext import files, plots
 from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
 from ccp_ext.graph.channels import ChannelGraph, Group, InputSpec
@@ -171,6 +171,10 @@ class PruningPlan:
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"plan {os.fspath(path)!r} cannot be written: {reason}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the kept and removed channels by group; see :func:`ccp_ext.plots.plan_figure`."""
+        plots.plan_figure(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

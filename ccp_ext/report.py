@@ -14,7 +14,7 @@ def table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
     if not rows:
         return ""
     heads = list(rows[0])
-    cells = [heads] + [[_text(row[head]) for head in heads] for row in rows]
+    cells = [heads] + [[cell(row[head]) for head in heads] for row in rows]
     widths = [max(len(line[k]) for line in cells) for k in range(len(heads))]
     lines = []
     for line in cells:
@@ -31,7 +31,8 @@ def table(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _text(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as :func:`table` shows it."""
     if value is None:
         return ""
     if isinstance(value, float):

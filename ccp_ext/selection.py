@@ -37,6 +37,7 @@ _MAX_ENUMERATED = 200_000
 # search with a time limit grants it a part.
 _LOWERING = 16
 _GRANTED = 0.1
+_LARGEST_LOWERED = 512  # for a curve, of which nobody expects the best bounds
 _BISECTIONS = 7
 _SMALLEST_SCALE = 1e-100  # beside entries of about 1: F may be zero
 
@@ -131,8 +132,7 @@ def select(
               starts: the fastest good answer; it proves nothing.
             - "greedy" adds the cheapest channel r times, or gives channels back from the full set,
               whichever ends better.
-            - "swap" exchanges pairs from both of these starts until no exchange improves (best
-              improvement).
+            - "swap" exchanges pairs from both of these starts until no exchange improves.
             - "auto" is "exact" where that is possible and otherwise "branch_and_bound".
             Where items (channels or groups) differ in weight, "auto", "branch_and_bound" and
             "round" remain.
@@ -405,7 +405,7 @@ def _branch_and_bound(
 ) -> Choice:
     scaled, exponent = _in_range(cost)
     quadratic, linear = scaled.quadratic, scaled.linear
-    convex = _convexified(scaled, limits)
+    convex = _convexified(scaled, limits.left())
 
     def unscaled(value: float) -> float:
         return float(np.ldexp(value, exponent))
@@ -478,7 +478,7 @@ def _exponent(values: np.ndarray) -> int:
     return math.frexp(max(values.max(initial=0.0), -values.min(initial=0.0)))[1]
 
 
-def _convexified(cost: _Cost, limits: _Limits) -> _Cost:
+def _convexified(cost: _Cost, seconds: float) -> _Cost:
     """A cost that is equal on masks and convex but for rounding: S + diag(d) and u + d/2, with a
     ``defect`` such that no eigenvalue of the new S is below ``-defect``.
 
@@ -486,7 +486,7 @@ def _convexified(cost: _Cost, limits: _Limits) -> _Cost:
     integer quadratic programming solver for the unconstrained quadratic 0-1 problem", 2007). S is
     lowered where it is definite: -d = t / diag(S^-1), with the largest t of a few bisections. A
     Cholesky factorisation that runs to its end proves the defect (S. M. Rump, "Verification of
-    positive definiteness", 2006).
+    positive definiteness", 2006). ``seconds`` are what the search may take in all.
     """
     quadratic, linear = cost.quadratic, cost.linear
     channels = len(linear)
@@ -513,7 +513,7 @@ def _convexified(cost: _Cost, limits: _Limits) -> _Cost:
         while not factorises(ridge - least):
             ridge *= 2
         shift[:] = ridge - least
-    elif _LOWERING * (time.monotonic() - begin) < _GRANTED * limits.left():
+    elif _LOWERING * (time.monotonic() - begin) < _GRANTED * seconds:
         alone = 1 / np.abs(np.diagonal(np.linalg.inv(shifted(ridge))))
         proven, failed = 0.0, 1.0
         for _ in range(_BISECTIONS):
@@ -581,7 +581,8 @@ def curve(
     if len(open_) < channels:
         cost = _Cost(np.ascontiguousarray(cost.quadratic[np.ix_(open_, open_)]), cost.linear[open_])
     scaled, exponent = _in_range(cost)
-    convex = _convexified(scaled, limits)
+    lower = len(open_) <= _LARGEST_LOWERED
+    convex = _convexified(scaled, math.inf if lower else 0)
     objective, bound, masks = _solver.curve(
         convex.quadratic, convex.linear, asked, convex.defect, limits.left()
     )
@@ -623,13 +624,16 @@ def _cost(F: Any, Q: Any, u: Any, op: str = "select") -> _Cost:
     if F is not None and Q is not None:
         raise InputError(f"{op}: both F and Q are given; give F, or Q for F = Q'Q / N")
     linear = None if u is None else _array("u", u, 1, op)[0]
+    total = 0.0
     if F is not None:
-        quadratic = _symmetric(*_array("F", F, 2, op), op)
+        quadratic, total = _symmetric(*_array("F", F, 2, op), op)
     elif Q is not None:
         samples = _array("Q", Q, 2, op)[0]
         if len(samples) == 0:
             raise InputError(f"{op}: Q needs at least one sample; got shape {samples.shape}")
-        quadratic = _symmetric(samples.T @ samples / len(samples), np.finfo(np.float64).eps, op)
+        products = samples.T @ samples
+        products /= len(samples)
+        quadratic, total = _symmetric(products, np.finfo(np.float64).eps, op)
     elif linear is not None:
         quadratic = np.zeros((len(linear), len(linear)))
     else:
@@ -640,13 +644,13 @@ def _cost(F: Any, Q: Any, u: Any, op: str = "select") -> _Cost:
         raise InputError(
             f"{op}: u must have shape [C] with C = {len(quadratic)}; got [{len(linear)}]"
         )
-    total = np.abs(quadratic).sum() + np.abs(linear).sum()
+    total += np.abs(linear).sum()
     if not total < _LARGEST_SUM:
         raise InputError(
             f"{op}: the absolute values must add up to less than {_LARGEST_SUM:g}, so that no "
             f"cost overflows; they add up to {total:.3g}"
         )
-    return _Cost(np.ascontiguousarray(quadratic), np.ascontiguousarray(linear))
+    return _Cost(quadratic, linear)
 
 
 def _array(name: str, value: Any, ndim: int, op: str) -> tuple[np.ndarray, float]:
@@ -662,30 +666,29 @@ def _array(name: str, value: Any, ndim: int, op: str) -> tuple[np.ndarray, float
     eps = float(finfo(value.dtype).eps) if floating else 0.0
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
-    array = value.astype(np.float64)
+    array = np.ascontiguousarray(value, np.float64) if value.ndim else value.astype(np.float64)
     if array.ndim != ndim:
         expected = {1: "[C]", 2: "[C, C]" if name == "F" else "[N, C]"}[ndim]
         raise InputError(f"{op}: {name} must have shape {expected}; got {list(array.shape)}")
-    finite = np.isfinite(array)
-    if not finite.all():
+    if not np.isfinite(array.sum()) and not (finite := np.isfinite(array)).all():
         where = [int(k) for k in np.argwhere(~finite)[0]]
         raise InputError(f"{op}: {name} must be finite; {name}{where} is {array[tuple(where)]}")
     return array, max(eps, float(np.finfo(np.float64).eps))
 
 
-def _symmetric(matrix: np.ndarray, eps: float, op: str) -> np.ndarray:
-    """The mean of the matrix and its transpose, if these differ by no more than rounding."""
+def _symmetric(matrix: np.ndarray, eps: float, op: str) -> tuple[np.ndarray, float]:
+    """The mean of the matrix and its transpose, if these differ by no more than rounding, and the
+    sum of the absolute values."""
     if matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"{op}: F must have shape [C, C]; got {list(matrix.shape)}")
-    half = 0.5 * matrix
-    asymmetry = 2 * np.abs(half - half.T).max(initial=0.0)
-    allowed = math.sqrt(eps) * np.abs(matrix).max(initial=0.0)
+    mean, asymmetry, largest, total = _solver.symmetrise(matrix)
+    allowed = math.sqrt(eps) * largest
     if asymmetry > allowed:
         raise InputError(
             f"{op}: F must be symmetric; max |F - F'| is {asymmetry:.3g}, and {allowed:.3g} is "
             "accepted as rounding"
         )
-    return half + half.T
+    return mean, total
 
 
 def _integer(value: Any) -> int | None:

@@ -3,7 +3,7 @@
 For a channel's tensor z (bias-free), <w_i, dl_n/dw_i> = sum over positions of z_ni * dl_n/dz_ni:
 one fused multiply-reduce (:func:`ccp_ext.ops.channel_dot`) over an activation and its gradient
 replaces the per-sample weight gradients, and one weighted Gram update
-(:func:`ccp_ext.ops.weighted_gram_`) a batch adds them to S.
+(:func:`ccp_ext.ops.weighted_grams_`, all groups at once) a batch adds them to S.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ccp_ext import ops
 from ccp_ext.cost import Cost
 from ccp_ext.curvature import BackwardPass, BatchObjective, Curvature, check_choice
+from ccp_ext.eager import eager
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
 from ccp_ext.observation import Observer
@@ -39,6 +40,7 @@ class GroupStatistics:
     gram_sum: Tensor | None = None  # [C, C]
     gradient_sum: Tensor | None = None  # [C]
     absolute_sum: Tensor | None = None  # [C]
+    row_blocks: list[Tensor] | None = None  # [n, C], or [n, 1] of zeros; None: not kept
 
     @property
     def S(self) -> Tensor:
@@ -54,6 +56,19 @@ class GroupStatistics:
     def absolute(self) -> Tensor:
         """Mean absolute first-order term [C], (1/N) sum_n |a_n| (Taylor, Molchanov et al. 2017)."""
         return self._mean(self._first_order(self.absolute_sum))
+
+    @property
+    def rows(self) -> Tensor:
+        """The weighted derivatives Q [M, C], rows sqrt(sigma_nk) a_nk, so that S = Q'Q / count.
+
+        Row by row the same sample and the same k in every group of the collector.
+        """
+        if self.row_blocks is None:
+            raise RuntimeError(
+                "statistics: the rows were not kept; pass keep_rows=True to `collect`"
+            )
+        self._mean(self.gram_sum)  # raises if no sample was seen
+        return self._joined_rows()
 
     def s_hat(self) -> Tensor:
         """The paper's matrix [C, C] of min b'S_hat b over KEPT masks b (Peng et al., ICML 2019).
@@ -86,11 +101,20 @@ class GroupStatistics:
         """Add the derivatives ``a`` [N, C] of one backward pass."""
         if self.gram_sum is None:
             self._allocate(a)
-        if backward_pass.gram:
-            ops.weighted_gram_(self.gram_sum, a, backward_pass.sigma)
         if backward_pass.first_order and self.first_order:
             self.gradient_sum += a.sum(0)
             self.absolute_sum += a.abs().sum(0)
+
+    def _keep(self, a: Tensor, sigma: Tensor | None) -> None:
+        """Keep the derivatives ``a`` [N, C] of one backward pass as rows of Q."""
+        self.row_blocks.append(a if sigma is None else a * sigma.to(a).sqrt().unsqueeze(1))
+
+    def _joined_rows(self) -> Tensor:
+        # Joined for good, so that the blocks and their union are not both held.
+        if len(self.row_blocks) != 1 or self.row_blocks[0].shape[1] != self.channels:
+            blocks = [block.expand(-1, self.channels) for block in self.row_blocks]
+            self.row_blocks = [torch.cat([self.gram_sum.new_zeros(0, self.channels), *blocks])]
+        return self.row_blocks[0]
 
     def _allocate(self, like: Tensor) -> None:
         self.channels = like.shape[-1]
@@ -128,14 +152,20 @@ class Statistics(Mapping):
         seed: int,
         parameter_gradients: bool,
         channels: Mapping[str, int] | None = None,
+        keep_rows: bool = False,
     ) -> None:
         self.model = model
         self.site = site
         self.curvature = curvature
+        self.keep_rows = keep_rows
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._groups = {
-            name: GroupStatistics(curvature.first_order, (channels or {}).get(name))
+            name: GroupStatistics(
+                curvature.first_order,
+                (channels or {}).get(name),
+                row_blocks=[] if keep_rows else None,
+            )
             for name in taps
         }
         self._incomplete = False  # a backward pass failed when part of its batch was added
@@ -175,6 +205,10 @@ class Statistics(Mapping):
     def costs(self, first_order: bool = False) -> dict[str, Cost]:
         """The quadratic cost of every group, by name."""
         return {name: self[name].cost(first_order) for name in self}
+
+    def rows(self) -> dict[str, Tensor]:
+        """The kept rows [M, C] of every group, by name; see :attr:`GroupStatistics.rows`."""
+        return {name: self[name].rows for name in self}
 
     def settings(self) -> dict[str, Any]:
         """The options that decide what the numbers mean, as plain values."""
@@ -217,11 +251,32 @@ class Statistics(Mapping):
         for forward in self._waiting:
             for name, a in forward.contributions.items():
                 self._groups[name]._add(a, forward.backward_pass)
+            if forward.backward_pass.gram:
+                self._add_grams(forward.contributions, forward.backward_pass.sigma)
+                if self.keep_rows:
+                    self._keep_rows(forward)
             if forward.backward_pass.counts:
                 self._count(next(iter(forward.contributions.values())))
             forward.contributions = {}
             forward.finished = finished
         self._waiting = []
+
+    def _add_grams(self, contributions: Mapping[str, Tensor], sigma: Tensor | None) -> None:
+        """One call for all groups whose derivatives share device and dtype: commonly all."""
+        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, a in contributions.items():
+            alike.setdefault((a.device, a.dtype), []).append(name)
+        for names in alike.values():
+            sums = [self._groups[name].gram_sum for name in names]
+            ops.weighted_grams_(sums, [contributions[name] for name in names], sigma)
+
+    def _keep_rows(self, forward: _Pass) -> None:
+        """One block of rows in every group, so that row m of all groups is the same sample's."""
+        zeros = next(iter(forward.contributions.values())).new_zeros(1, 1)
+        samples = len(next(iter(forward.contributions.values())))
+        for name, group in self._groups.items():
+            a = forward.contributions.get(name, zeros.expand(samples, 1))
+            group._keep(a, forward.backward_pass.sigma)
 
     def _count(self, a: Tensor) -> None:
         for group in self._groups.values():
@@ -297,8 +352,15 @@ class Statistics(Mapping):
                 "Statistics.merge: both collectors must have the same groups and settings, got "
                 f"{self.settings()} and {other.settings()}"
             )
+        if self.keep_rows != other.keep_rows:
+            raise InputError(
+                "Statistics.merge: both collectors or none must keep rows, got keep_rows="
+                f"{self.keep_rows} and {other.keep_rows}"
+            )
         for name, mine in self._groups.items():
             theirs = other._groups[name]
+            if self.keep_rows:
+                mine.row_blocks += theirs.row_blocks
             if theirs.gram_sum is None:
                 continue
             if mine.gram_sum is None:
@@ -309,7 +371,10 @@ class Statistics(Mapping):
         return self
 
     def all_reduce(self, process_group: Any = None) -> Statistics:
-        """Add up the sums of all ranks of ``torch.distributed``; a rank may have seen no sample."""
+        """Add up the sums of all ranks of ``torch.distributed``; a rank may have seen no sample.
+
+        Kept rows are gathered: every rank then holds those of all ranks, in the ranks' order.
+        """
         self._flush()
         reduce = partial(torch.distributed.all_reduce, group=process_group)
         parameter = next(self.model.parameters())
@@ -326,6 +391,8 @@ class Statistics(Mapping):
             for total in (*group._sums(), count):
                 reduce(total)
             group.count = int(count)
+            if self.keep_rows:
+                group.row_blocks = _all_gather_rows(group._joined_rows(), process_group)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,7 +401,11 @@ class Statistics(Mapping):
         return {
             "settings": self.settings(),
             "groups": {
-                name: {"count": g.count, "sums": None if g.gram_sum is None else g._sums()}
+                name: {
+                    "count": g.count,
+                    "sums": None if g.gram_sum is None else g._sums(),
+                    "rows": g.row_blocks,
+                }
                 for name, g in self._groups.items()
             },
             "generators": {str(d): g.get_state() for d, g in self._generators.items()},
@@ -347,6 +418,13 @@ class Statistics(Mapping):
                 "Statistics.load_state_dict: the state belongs to other groups or settings: "
                 f"{state['settings']}, here {self.settings()}"
             )
+        if any(
+            (saved.get("rows") is not None) != self.keep_rows for saved in state["groups"].values()
+        ):
+            raise InputError(
+                f"Statistics.load_state_dict: keep_rows={self.keep_rows} here, and the state was "
+                f"collected with keep_rows={not self.keep_rows}"
+            )
         self._waiting, self._incomplete = [], False
         device = next(self.model.parameters()).device
         for name, saved in state["groups"].items():
@@ -356,6 +434,9 @@ class Statistics(Mapping):
                 group.gram_sum, group.gradient_sum, group.absolute_sum = (
                     t.to(device, copy=True) for t in saved["sums"]
                 )
+                group.channels = len(group.gram_sum)
+            if self.keep_rows:
+                group.row_blocks = [block.to(device) for block in saved["rows"]]
         for kind, generator in state["generators"].items():
             if kind == str(device):
                 self._generator(device).set_state(generator)
@@ -373,6 +454,7 @@ def collect(
     temperature: float = 1.0,
     seed: int = 0,
     parameter_gradients: bool = False,
+    keep_rows: bool = False,
 ) -> Statistics:
     """Observe a model's channels while forward and backward passes run; use it with ``with``.
 
@@ -390,7 +472,8 @@ def collect(
     statistics are float32 (float64 for a float64 model) whatever the activations are.
 
     Args:
-        model: the network; the same object (or one with the same module paths) as was traced.
+        model: the network; the same object (or one with the same module paths) as was traced, or
+            what ``torch.compile`` made of it.
         graph: a :class:`ccp_ext.graph.ChannelGraph`, or a mapping from any name to the modules
             (paths or :class:`ccp_ext.graph.Tap`) whose output channels live and die together;
             their derivatives add up before the product.
@@ -416,6 +499,11 @@ def collect(
         seed: of the labels and projections drawn; under torch.distributed the rank is added.
         parameter_gradients: leave parameters as they are, so that the user's backward pass fills
             ``.grad`` too (only with "empirical").
+        keep_rows: also keep every weighted derivative sqrt(sigma_nk) a_nk, from which
+            :func:`ccp_ext.refine` sees the curvature between groups: 4 bytes (8 for a float64
+            model) for each channel of every group and each row of S (samples, times ``rows``, times
+            classes for "exact" soft labels), on the model's device. 10,000 samples of 26,000
+            channels are 1 GB; :meth:`Statistics.state_dict` holds them too.
 
     Raises:
         InputError: an unknown option value, module path or tensor, a BatchNorm without running
@@ -429,6 +517,7 @@ def collect(
         )
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise InputError(f"collect: seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    model = eager(model)
     taps = _resolve_taps(graph, site)
     if not taps:
         raise InputError("collect: the graph has no groups, so there is nothing to observe")
@@ -442,6 +531,7 @@ def collect(
         seed=seed,
         parameter_gradients=parameter_gradients,
         channels={} if isinstance(graph, Mapping) else {g.name: g.channels for g in graph.groups},
+        keep_rows=keep_rows,
     )
 
 
@@ -456,3 +546,16 @@ def _resolve_taps(graph: Any, site: str) -> dict[str, tuple[Tap, ...]]:
         entries = [entry] if isinstance(entry, str | Tap) else list(entry)
         taps[name] = tuple(e if isinstance(e, Tap) else Tap(e) for e in entries)
     return taps
+
+
+def _all_gather_rows(rows: Tensor, process_group: Any) -> list[Tensor]:
+    """The rows [M, C] of every rank; backends want equal shapes, so shorter ones are padded."""
+    ranks = torch.distributed.get_world_size(process_group)
+    lengths = [torch.tensor([0], device=rows.device) for _ in range(ranks)]
+    mine = torch.tensor([len(rows)], device=rows.device)
+    torch.distributed.all_gather(lengths, mine, group=process_group)
+    longest = max(int(length) for length in lengths)
+    padded = [rows.new_empty(longest, rows.shape[1]) for _ in range(ranks)]
+    own = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
+    torch.distributed.all_gather(padded, own, group=process_group)
+    return [part[: int(length)] for part, length in zip(padded, lengths, strict=True)]

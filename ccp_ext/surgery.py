@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from ccp_ext import files
 from ccp_ext.cutting import CONVOLUTIONS, Cut, cut_attributes, cut_tensors, fingerprint
+from ccp_ext.eager import eager
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph.tracing import random_state_kept
@@ -45,19 +46,20 @@ def prune(model: nn.Module, plan: PruningPlan, *, verify: bool = True) -> nn.Mod
     with the one of an earlier pruning.
 
     Args:
-        model: the model that the plan was made for.
+        model: the model that the plan was made for, or what ``torch.compile`` made of it.
         plan: what stays.
         verify: run the model on random inputs of the plan's shapes, before and after, and compare
             with :func:`masked`. Buffers that the model's code writes get their values back.
 
     Returns:
-        The same model.
+        The same model; of a compiled one the module behind it.
 
     Raises:
         InputError: the plan does not fit the model, or the pruned model fails or gives other
             outputs than the masked one, or ``verify`` is set and the model cannot be run on random
             inputs or has no finite output there. The model is then as it was.
     """
+    model = eager(model)
     modules = _modules(model, plan)
     composed = plan if _plan_of(model) is None else _plan_of(model).then(plan)
     edits = [_edit(path, module, plan.modules[path]) for path, module in modules.items()]

@@ -18,6 +18,17 @@
 STABLE_TORCH_LIBRARY(ccp_ext, m) {
   m.def("channel_dot(Tensor x, Tensor g, int channel_dim=1) -> Tensor");
   m.def("weighted_gram_(Tensor(a!) S, Tensor a, Tensor? sigma=None) -> ()");
+  m.def("channel_moments(Tensor x, int channel_dim=1) -> Tensor");
+  m.def(
+      "map_similarity(Tensor x, str kind=\"ssim\", Tensor? y=None, *, float data_range=1.0, "
+      "bool allow_tf32=False) -> Tensor");
+  m.def("weighted_grams_(Tensor(a!)[] S, Tensor[] a, Tensor[]? sigma=None) -> ()");
+  m.def(
+      "patch_gram_(Tensor(a!) A, Tensor x, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups=1, bool allow_tf32=False) -> ()");
+  m.def(
+      "patch_cross_(Tensor(a!) B, Tensor x, Tensor y, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups=1, bool allow_tf32=False) -> ()");
 }
 
 namespace {

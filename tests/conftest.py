@@ -6,10 +6,15 @@ import os
 # when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from ccp_ext import models
 from ccp_ext._build import build_info
+from ccp_ext.compensation import reestimate_batchnorm
 
 
 def _why_no_gpu() -> str | None:
@@ -37,3 +42,25 @@ def cuda() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data.npz (96 training and 40 test images) and weights.th (a ResNet-8)."""
+    folder, size = tmp_path_factory.mktemp("inputs"), 16
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 96), ("test", 40)):
+        labels = rng.integers(0, 10, count)
+        images = rng.integers(0, 80, (count, 3, size, size)) + 15 * labels[:, None, None, None]
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.astype(np.uint8), labels
+    torch.manual_seed(0)
+    model = models.create("resnet8")
+    x = torch.from_numpy(arrays["train_images"]).float() / 128 - 1
+    reestimate_batchnorm(model, x.split(48), progress=False)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+        folder / "weights.th",
+    )
+    np.savez(folder / "data.npz", **arrays)
+    return folder

@@ -10,32 +10,8 @@ import torch
 from safetensors import safe_open
 
 import ccp_ext
-from ccp_ext import cli, models, pipeline
-from ccp_ext.compensation import reestimate_batchnorm
-
-SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A data set and a network's weights, as files."""
-    folder = tmp_path_factory.mktemp("inputs")
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 96), ("test", 40)):
-        labels = rng.integers(0, 10, count)
-        images = rng.integers(0, 80, (count, 3, SIZE, SIZE)) + 15 * labels[:, None, None, None]
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.astype(np.uint8), labels
-    torch.manual_seed(0)
-    model = models.create("resnet8")
-    x = torch.from_numpy(arrays["train_images"]).float() / 128 - 1
-    reestimate_batchnorm(model, x.split(48), progress=False)
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
-        folder / "weights.th",
-    )
-    np.savez(folder / "data.npz", **arrays)
-    return folder
+from ccp_ext import cli, criteria, models, pipeline
+from ccp_ext.criteria import gathering
 
 
 def prune_command(inputs, output, **changes):
@@ -45,7 +21,7 @@ def prune_command(inputs, output, **changes):
         "data": inputs / "data.npz",
         "macs": 0.5,
         "images": 64,
-        "reestimate-images": 64,
+        "repair-images": 64,
         "batch-size": 32,
         "output": output,
         **changes,
@@ -83,6 +59,17 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
     assert f"{stages[-1]['accuracy %']:.2f}" in capsys.readouterr().out
 
 
+def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
+    output = tmp_path / "run"
+    options = {"repair": "fold+refit+batchnorm", "epochs": 1, "auxiliary-heads": 2}
+    options |= {"mixup": 0.2, "ema-decay": 0.9, "label-smoothing": 0.1}
+    assert cli.main([*prune_command(inputs, output, **options), "--distil", "--amp"]) == 0
+    stages = json.loads((output / "report.json").read_text())["stages"]
+    names = ["plain", "pruned", "folded", "refitted", "re-estimated", "fine-tuned"]
+    assert [row["stage"] for row in stages] == names
+    assert len({row["loss"] for row in stages}) == len(names)
+
+
 @pytest.mark.gpu
 def test_prune_on_a_gpu(cuda, inputs, tmp_path):
     assert cli.main(prune_command(inputs, tmp_path / "run", epochs=1, device=cuda)) == 0
@@ -116,15 +103,15 @@ def test_an_interrupted_run_goes_on_to_the_same_model(
 ):
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        patch.setattr(gathering, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         if stage == "statistics":
-            original = pipeline._save_statistics
+            original = gathering._save
 
             def interrupted(stats, checkpoint, batches):
                 original(stats, checkpoint, batches)
                 raise KeyboardInterrupt
 
-            patch.setattr(pipeline, "_save_statistics", interrupted)
+            patch.setattr(gathering, "_save", interrupted)
         else:
             record = pipeline._Recorder.record
 
@@ -207,7 +194,7 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
 def test_a_damaged_run_folder_is_refused(name, content, inputs, tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "gather", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(criteria, "gather", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(prune_command(inputs, output)) == 130
     capsys.readouterr()
     (output / name).write_text(content)
@@ -256,6 +243,7 @@ def test_rounds_reach_the_budget_by_equal_factors(in_rounds):
         "report.json",
         "settings.json",
         "slim.safetensors",
+        "snapshot.safetensors",
     ]
 
 
@@ -291,7 +279,7 @@ def test_interrupted_rounds_go_on_to_the_same_model(
 ):
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        record, save = pipeline._Recorder.record, pipeline._save_statistics
+        record, save = pipeline._Recorder.record, gathering._save
 
         def stopped_record(self, name, model):
             if name == stage:
@@ -304,7 +292,7 @@ def test_interrupted_rounds_go_on_to_the_same_model(
                 raise KeyboardInterrupt
 
         patch.setattr(pipeline._Recorder, "record", stopped_record)
-        patch.setattr(pipeline, "_save_statistics", stopped_save)
+        patch.setattr(gathering, "_save", stopped_save)
         assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 130
     assert not (broken / "report.json").exists()
     assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 0
@@ -354,7 +342,7 @@ def test_a_latency_budget_measures_a_table_once(inputs, tmp_path, capsys, monkey
     assert cli.main(command) == 0
     assert ccp_ext.LatencyTable.load(output / "latency.json") == table
     model = models.create("resnet8")
-    graph = ccp_ext.trace(model, torch.zeros(1, 3, SIZE, SIZE))
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
     plan = ccp_ext.PruningPlan.load(output / "plan.json")
     keep = {name: len(group.kept) for name, group in plan.groups.items()}
     assert table.predict(graph, keep) <= 0.7 * table.milliseconds
@@ -396,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_the_statistics(inputs, monkeypatch):
     model.linear.bias.data[0] = float("inf")
     graph = ccp_ext.trace(model, train.normalise(train.images[:1])).inner
     with pytest.raises(ccp_ext.InputError, match="statistics: the loss is nan"):
-        pipeline.gather(model, graph, ccp_ext.criteria.get("ccp-paper"), train, progress=False)
+        criteria.gather(model, graph, criteria.get("ccp-paper"), train, progress=False)
 
 
 def test_info_and_criteria(capsys):

@@ -205,7 +205,7 @@ def test_qsfm_compares_every_pair_of_maps(kind, measure, subject):
     S = costs["layer2.0.conv1"].S
     for i, j in ((0, 1), (3, 17), (30, 31)):
         values = [measure(x[i], x[j], x.max() - x.min()) for x in maps]
-        assert float(S[i, j]) == pytest.approx(np.mean(values), rel=1e-9, abs=1e-9)
+        assert float(S[i, j]) == pytest.approx(np.mean(values), rel=1e-5, abs=1e-6)
     assert torch.equal(S.diagonal(), torch.zeros(32, dtype=S.dtype))
 
 
@@ -221,7 +221,7 @@ def test_equal_and_empty_maps_are_as_similar_as_can_be(kind, largest):
     model[0].weight.data.zero_()
     model[0].bias.data.fill_(-1.0)
     S = costs_by(f"qsfm-{kind}", model, graph, noise(5, 8))["0"].S
-    torch.testing.assert_close(S, largest * (1 - torch.eye(4)).double(), check_dtype=False)
+    torch.testing.assert_close(S, largest * (1 - torch.eye(4)).double(), atol=1e-5, rtol=1e-6)
 
 
 def test_qsfm_costs_are_the_kept_maps_summed_similarity_up_to_a_constant():

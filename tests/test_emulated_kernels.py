@@ -21,7 +21,14 @@ ROOT = EMULATOR.parent.parent
 DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
+    "patch_gram": ["plain", "address", "thread"],
+    "mma": ["plain", "address", "thread"],
+    "map_similarity": ["plain", "address", "thread"],
+    "channel_moments": ["plain", "address", "thread"],
     "cpu_kernels": ["address"],
+    "cpu_patches": ["address"],
+    "cpu_map_similarity": ["address"],
+    "cpu_channel_moments": ["address"],
     "launch": ["address"],
 }
 SANITIZERS = {
@@ -94,7 +101,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
-@pytest.mark.parametrize("driver", ["channel_dot", "weighted_gram"])
+@pytest.mark.parametrize(
+    "driver",
+    ["channel_dot", "weighted_gram", "patch_gram", "mma", "map_similarity", "channel_moments"],
+)
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
     schedules = "4" if sanitizer == "plain" else "1"
     finished = run(driver, sanitizer, schedules)
@@ -102,8 +112,13 @@ def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) 
     assert finished.stdout.endswith("0 failures\n")
 
 
-def test_cpu_kernels_match_double_references_in_every_instruction_set(run: Run) -> None:
-    finished = run("cpu_kernels", "address")
+@pytest.mark.parametrize(
+    "driver", ["cpu_kernels", "cpu_patches", "cpu_map_similarity", "cpu_channel_moments"]
+)
+def test_cpu_kernels_match_double_references_in_every_instruction_set(
+    run: Run, driver: str
+) -> None:
+    finished = run(driver, "address")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.startswith("baseline\n")
 
@@ -115,7 +130,14 @@ def test_launch_arithmetic(run: Run) -> None:
 
 @pytest.mark.parametrize("barrier", ["1", "2"])
 @pytest.mark.parametrize(
-    ("driver", "file"), [("channel_dot", "reduce.cuh"), ("weighted_gram", "weighted_gram.cuh")]
+    ("driver", "file"),
+    [
+        ("channel_dot", "reduce.cuh"),
+        ("weighted_gram", "weighted_gram.cuh"),
+        ("map_similarity", "map_similarity.cuh"),
+        ("channel_moments", "moments.h"),
+        ("patch_gram", "patch_gram.cuh"),
+    ],
 )
 def test_a_missing_barrier_is_reported_as_a_race(
     run: Run, driver: str, file: str, barrier: str
@@ -131,3 +153,15 @@ def test_a_launch_beyond_the_data_is_reported(run: Run) -> None:
     assert finished.returncode != 0
     assert "heap-buffer-overflow" in finished.stderr
     assert "vec.cuh" in finished.stderr
+
+
+def test_reading_a_copy_before_it_has_arrived_gives_nan(run: Run) -> None:
+    finished = run("mma", "plain", "1", "early-read")
+    assert finished.returncode != 0
+    assert "is nan" in finished.stdout or "is -nan" in finished.stdout
+
+
+def test_reading_the_copies_of_others_without_a_barrier_is_a_race(run: Run) -> None:
+    finished = run("mma", "thread", "1", "drop-barrier", "1")
+    assert finished.returncode != 0
+    assert "ThreadSanitizer: data race" in finished.stderr

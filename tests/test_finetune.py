@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import math
@@ -12,10 +13,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import ccp_ext.finetune as finetune_module
+from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
+from ccp_ext.graph import trace
 
 SETTINGS = dict(epochs=4, batch_size=16, learning_rate=0.05, seed=3, augment="crop_flip")
 
@@ -162,6 +165,34 @@ def test_the_moving_average_is_validated_and_returned():
     assert_equal_states(model.state_dict(), validated[-1])
 
 
+def heads(model: nn.Module) -> AuxiliaryHeads:
+    torch.manual_seed(5)
+    return AuxiliaryHeads.spread(model, trace(model, torch.zeros(1, 1, 6, 6)), 3, count=1)
+
+
+def test_auxiliary_heads_add_their_losses_and_are_trained_with_the_model():
+    data = bright_or_dark(8)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *network(width=5).children())
+    model[2] = nn.Conv2d(4, 5, 3, bias=False)
+    model[5].p = 0.0
+    auxiliary = heads(model)
+    [tap], [head] = auxiliary.taps, auxiliary.heads
+    assert tap.module == "2" and tap.port == "input"
+    oracle, oracle_head = copy.deepcopy(model).train(), copy.deepcopy(head).train()
+    settings = dict(epochs=1, batch_size=8, momentum=0.0, nesterov=False, weight_decay=0.0)
+    settings |= dict(schedule="step", step_at=(), learning_rate=0.1, auxiliary_weight=0.5)
+    [record] = finetune(model, data, **settings, auxiliary=auxiliary, progress=False)
+    [(x, y)] = data.batches(8)
+    features = oracle[1](oracle[0](x))
+    own = cross_entropy(oracle[2:](features), y)
+    loss = own + 0.5 * cross_entropy(oracle_head(features), y)
+    loss.backward()
+    assert record.train_loss == pytest.approx(loss.item(), rel=1e-5)
+    pairs = [(model, oracle), (head, oracle_head)]
+    for new, old in (p for a, b in pairs for p in zip(a.parameters(), b.parameters(), strict=True)):
+        torch.testing.assert_close(new.data, old.data - 0.1 * old.grad)
+
+
 def test_norm_and_bias_decay_only_on_demand():
     common = dict(epochs=1, batch_size=60, learning_rate=0.1, weight_decay=0.9, progress=False)
     spared, decayed = network(), network()
@@ -280,6 +311,7 @@ def test_the_model_cannot_teach_itself():
         ("label_smoothing", 1.0),
         ("distillation_weight", 1.5),
         ("temperature", 0.0),
+        ("auxiliary_weight", math.inf),
         ("mixup", -0.1),
         ("ema_decay", 1.0),
         ("augment", "cutout"),
@@ -373,6 +405,28 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert [float(row["train_loss"]) for row in rows] == [r.train_loss for r in expected]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.pt"]
+
+
+def test_a_resumed_run_continues_with_its_auxiliary_heads(tmp_path):
+    def run(stop: int | None, **files) -> nn.Module:
+        model = network()
+        with contextlib.suppress(Stop):
+            finetune(
+                model,
+                bright_or_dark(),
+                **SETTINGS,
+                auxiliary=heads(model),
+                validate=fifty if stop is None else stop_after(stop),
+                progress=False,
+                **files,
+            )
+        return model
+
+    run(2, checkpoint=tmp_path / "run.pt")
+    resumed = run(None, checkpoint=tmp_path / "run.pt")
+    assert_equal_weights(resumed, run(None))
+    with pytest.raises(InputError, match="auxiliary heads that the run began with"):
+        finetune(network(), bright_or_dark(), **SETTINGS, checkpoint=tmp_path / "run.pt")
 
 
 def test_a_run_stopped_within_an_epoch_repeats_that_epoch(tmp_path):

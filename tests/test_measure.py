@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from ccp_ext import measure, models, surgery
 from ccp_ext.allocation import allocate
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
-from ccp_ext.latency import LatencyTable, LayerTimes
+from ccp_ext.latency import LatencyTable, LayerTimes, _Staircase
 from ccp_ext.plan import PruningPlan
 
 
@@ -128,6 +130,12 @@ def test_the_table_is_a_staircase_up_to_the_next_width_measured(chain, table):
     assert table.predict(graph) == table.milliseconds == tiles(model, ())
 
 
+def test_wide_sides_are_measured_at_wider_steps(chain, monkeypatch):
+    monkeypatch.setattr(measure, "MOST_STEPS", 3)
+    layers = measure.latency_table(*chain, widths=2, timer=tiles).layers
+    assert layers["first"].out == (4, 8, 12) and layers["head"].inputs == (4, 8, 10)
+
+
 def test_what_is_not_in_layers_is_taken_to_shrink_with_them(chain):
     whole = measure.latency_table(
         *chain,
@@ -186,6 +194,16 @@ def test_a_time_that_falls_with_the_width_is_respected(chain, table):
     assert found.achieved <= found.budget
 
 
+def test_the_least_time_from_some_widths_on_is_that_of_the_grid():
+    grid = ((5.0, 3.0), (4.0, 9.0), (7.0, 6.0))
+    staircase = _Staircase(LayerTimes((4, 8, 12), (2, 6), grid), scale=1.0)
+    assert [[float(staircase.at_least(o, i)) for i in (2, 6)] for o in (4, 8, 12)] == [
+        [3.0, 3.0],
+        [4.0, 6.0],
+        [6.0, 6.0],
+    ]
+
+
 def test_a_table_survives_its_file(table, tmp_path):
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
@@ -231,3 +249,29 @@ def test_bad_tables_and_widths_are_named(chain, table, tmp_path):
             LatencyTable.load(tmp_path / "bad.json")
     with pytest.raises(InputError, match="missing.json"):
         LatencyTable.load(tmp_path / "missing.json")
+
+
+def test_resources_are_the_time_and_the_peak_above_the_start():
+    if measure._status_bytes("VmHWM") is None:
+        pytest.skip("needs Linux's /proc")
+    with measure.resources("cpu") as used:
+        time.sleep(0.05)
+        large = torch.ones(16 * 2**20)  # 64 MiB
+        del large
+    assert used.seconds >= 0.05 and 60 < used.mebibytes < 100
+    with measure.resources("cpu") as after:
+        pass
+    assert after.mebibytes < 10 and after.seconds < used.seconds
+    assert used.then(after).seconds == used.seconds + after.seconds
+    assert used.then(after).mebibytes == used.mebibytes
+    assert used.then(measure.Resources(1.0, None)).mebibytes is None
+
+
+@pytest.mark.gpu
+def test_resources_on_a_gpu(cuda):
+    held = torch.ones(2**20, device=cuda)  # 4 MiB
+    with measure.resources(cuda) as used:
+        large = torch.ones(16 * 2**20, device=cuda)
+        del large
+    assert 68 <= used.mebibytes < 100 and len(held)
+    assert "GPU" in measure.memory_kind(cuda)

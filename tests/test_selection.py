@@ -528,8 +528,8 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-# 10^17 subsets, or a tree of as many nodes: the calls end only if the timer's thread may run and the signal
-# is seen.
+# 10^17 subsets, or a tree of as many nodes: the calls end only if the timer's thread may run and
+# the signal is seen.
 ENDLESS = {
     "enumerate": "_solver.enumerate(a.T @ a, np.zeros(60), 30)",
     "branch_and_bound": "_solver.branch_and_bound(b.T @ b, np.zeros(150), 75, 1e-9, math.inf, "

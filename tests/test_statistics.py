@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ccp_ext import collect
+import ccp_ext
+from ccp_ext import collect, models
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
 
@@ -368,6 +369,24 @@ def test_activation_checkpointing_changes_nothing(use_reentrant):
     assert relative_error(stats.S, a.T @ a / len(x)) < 1e-12
 
 
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_compiled_model_gives_the_same(compiled_before):
+    model, x, y = models.create("resnet8").eval(), torch.randn(4, 3, 32, 32), torch.arange(4)
+    compiled = torch.compile(model, backend="eager")
+    if compiled_before:
+        compiled(x)
+    graph = ccp_ext.trace(compiled, x[:1]).inner
+    found = []
+    for called in (model, compiled):
+        with ccp_ext.collect(called, graph) as stats:
+            stats.backward(called(x), y)
+        found.append(stats)
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name].S, found[0][name].S)
+    slim = ccp_ext.prune(compiled, ccp_ext.make_plan(graph, found[1], macs=0.5))
+    assert slim is model and torch.equal(compiled(x), model(x))
+
+
 def test_autocast_keeps_float32_statistics():
     net, (x, y) = small_net(dtype=torch.float32), batch(dtype=torch.float32)
     full = statistics_of(net, {"g": "act1"}, [(x, y)], curvature="empirical")["g"]
@@ -457,6 +476,58 @@ def test_a_failed_backward_pass_never_leaves_half_a_batch():
             stats["g"].S  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("curvature", "soft", "rows", "expected"),
+    [
+        ("empirical", False, 1, 10),
+        ("logits", False, 3, 30),
+        ("sampled", False, 2, 20),
+        ("exact", True, 1, 10 * CLASSES),
+    ],
+)
+def test_kept_rows_give_S_of_every_group(curvature, soft, rows, expected):
+    data = [batch(7, seed=1), batch(3, seed=2)]
+    if soft:
+        data = [(x, soft_labels(len(x))) for x, _ in data]
+    taps = {"a": "act1", "b": "bn2", "both": ["act1", "bn2"]}
+    kept = statistics_of(small_net(), taps, data, curvature=curvature, rows=rows, keep_rows=True)
+    for name in taps:
+        q = kept[name].rows
+        assert q.shape == (expected, 5)
+        assert relative_error(q.T @ q / kept[name].count, kept[name].S) < 1e-14
+
+
+def test_kept_rows_of_all_groups_belong_to_the_same_sample_and_projection():
+    """Channels of two groups that see one tensor: the cross-group block is known."""
+    taps = {"first": Tap("act1", index=(0, 1)), "last": Tap("act1", index=(2, 3, 4)), "all": "act1"}
+    data = [batch(7, seed=1), batch(3, seed=2)]
+    kept = statistics_of(small_net(), taps, data, curvature="logits", rows=2, keep_rows=True)
+    rows = kept.rows()
+    assert torch.equal(torch.cat([rows["first"], rows["last"]], 1), rows["all"])
+    cross = rows["first"].T @ rows["last"] / kept["all"].count
+    assert relative_error(cross, kept["all"].S[:2, 2:]) < 1e-13
+
+
+@pytest.mark.parametrize("reached_first", [True, False])
+def test_a_group_that_the_loss_does_not_reach_has_rows_of_zeros(reached_first):
+    torch.manual_seed(0)
+    net, (x, y) = TwoHeads().double(), batch(8)
+    taps = {"first": "first", "second": "second"}
+    with collect(net, taps, curvature="empirical", keep_rows=True) as stats:
+        for net.use_second in (reached_first, not reached_first):
+            stats.backward(net(x), y)
+    rows = stats.rows()
+    assert len(rows["first"]) == len(rows["second"]) == 16
+    reached, rest = rows["second"].split(8)[:: 1 if reached_first else -1]
+    assert reached.abs().min() > 0 and not rest.any()
+
+
+def test_rows_that_were_not_kept_are_an_error():
+    stats = statistics_of(small_net(), {"g": "act1"}, [batch(3)])
+    with pytest.raises(RuntimeError, match="keep_rows=True"):
+        stats["g"].rows  # noqa: B018
+
+
 def test_temperature_softens_the_labels_drawn_and_scales_their_gradient():
     net, (x, y) = small_net(), batch(4)
     T = 4.0
@@ -482,6 +553,17 @@ def test_merged_collectors_equal_one():
         merged.merge(statistics_of(net, {"other": "act1"}, [first], curvature="empirical"))
 
 
+def test_merging_joins_the_kept_rows():
+    net = small_net()
+    parts = [batch(6, seed=1), batch(4, seed=2)]
+    settings = {"curvature": "empirical", "keep_rows": True}
+    one = statistics_of(net, {"g": "act1"}, parts, **settings)
+    first, second = (statistics_of(net, {"g": "act1"}, [part], **settings) for part in parts)
+    assert torch.equal(first.merge(second)["g"].rows, one["g"].rows)
+    with pytest.raises(InputError, match="keep_rows=True and False"):
+        first.merge(statistics_of(net, {"g": "act1"}, parts, curvature="empirical"))
+
+
 def test_state_dict_continues_to_the_same_bits(tmp_path):
     net = small_net()
     data = [batch(6, seed=1), batch(4, seed=2)]
@@ -495,6 +577,22 @@ def test_state_dict_continues_to_the_same_bits(tmp_path):
     assert torch.equal(stats["g"].S, whole.S) and torch.equal(stats["g"].u, whole.u)
 
 
+def test_kept_rows_continue_from_a_state_dict(tmp_path):
+    net = small_net()
+    data = [batch(6, seed=1), batch(4, seed=2)]
+    settings = {"curvature": "logits", "keep_rows": True}
+    whole = statistics_of(net, {"g": "act1"}, data, **settings)["g"].rows
+    half = statistics_of(net, {"g": "act1"}, data[:1], **settings).state_dict()
+    torch.save(half, tmp_path / "s.pt")
+    with collect(net, {"g": "act1"}, **settings) as stats:
+        stats.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+        stats.backward(net(data[1][0]), data[1][1])
+    assert torch.equal(stats["g"].rows, whole)
+    without = collect(net, {"g": "act1"}, curvature="logits")
+    with pytest.raises(InputError, match="keep_rows=False here"):
+        without.load_state_dict(half)
+
+
 WORKER = """
     import sys, torch, torch.distributed as dist
     from tests.test_statistics import batch, small_net, statistics_of
@@ -502,14 +600,17 @@ WORKER = """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     # Ragged: rank 0 has seven samples in two batches, rank 1 four in one.
     data = [batch(4, seed=0), batch(3, seed=1)] if rank == 0 else [batch(4, seed=2)]
-    stats = statistics_of(small_net(), {"g": "act1"}, data, curvature="empirical").all_reduce()
+    kept = {"curvature": "empirical", "keep_rows": True}
+    stats = statistics_of(small_net(), {"g": "act1"}, data, **kept)
+    stats.all_reduce()
     # A rank may have seen nothing at all.
-    rest = statistics_of(small_net(), {"g": "act1"}, data[:rank], curvature="empirical")
+    rest = statistics_of(small_net(), {"g": "act1"}, data[:rank], **kept)
     rest.all_reduce()
     torch.save(
         {
             "S": stats["g"].S, "u": stats["g"].u, "count": stats["g"].count,
             "rest": rest["g"].S, "rest count": rest["g"].count,
+            "rows": stats["g"].rows, "rest rows": rest["g"].rows,
         },
         f"{out}.{rank}",
     )
@@ -536,7 +637,11 @@ def test_two_gloo_ranks_equal_one_process(tmp_path, pytestconfig):
         {"g": "act1"},
         [batch(4, seed=0), batch(3, seed=1), batch(4, seed=2)],
         curvature="empirical",
+        keep_rows=True,
     )["g"]
+    for rank in ranks:
+        assert torch.equal(rank["rows"], one.rows)
+        assert torch.equal(rank["rest rows"], one.rows[7:])
     assert torch.equal(ranks[0]["S"], ranks[1]["S"])
     assert ranks[0]["count"] == one.count == 11
     assert relative_error(ranks[0]["S"], one.S) < 1e-14

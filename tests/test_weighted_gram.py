@@ -131,3 +131,68 @@ def test_gpu_and_cpu_agree(channels: int, cuda: str) -> None:
     on_gpu = ops.weighted_gram_(S, a.to(cuda), sigma.to(cuda)).cpu()
     magnitude = reference.weighted_gram(a.abs(), sigma.abs())
     assert ((on_gpu - on_cpu).abs() <= 32 * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+LAYERS = [((5,), 3), ((128,), 64), ((50, 10), 33), ((300,), 100), ((0,), 7), ((3,), 0), ((9, 1), 1)]
+
+
+@pytest.mark.parametrize(("S_dtype", "a_dtype"), DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_many_layers_in_one_call(
+    S_dtype: torch.dtype, a_dtype: torch.dtype, weighted: bool, device: str
+) -> None:
+    a = [torch.randn(*rows, C).to(device=device, dtype=a_dtype) for rows, C in LAYERS]
+    sigma = [torch.randn(rows, device=device) for rows, _ in LAYERS] if weighted else None
+    S = [symmetric(C, S_dtype, device) for _, C in LAYERS]
+    before = [matrix.clone() for matrix in S]
+    result = ops.weighted_grams_(S, a, sigma)
+    assert all(one is other for one, other in zip(result, S, strict=True))
+    for layer, matrix in enumerate(S):
+        assert_added(matrix, before[layer], a[layer], sigma[layer] if weighted else None)
+        assert torch.equal(matrix, matrix.T)
+
+
+def test_more_layers_than_one_launch_takes(device: str) -> None:
+    channels = [1 + layer % 9 for layer in range(150)]
+    a = [torch.randn(4, C, device=device) for C in channels]
+    S = [torch.zeros(C, C, device=device) for C in channels]
+    ops.weighted_grams_(S, a)
+    for matrix, rows in zip(S, a, strict=True):
+        assert_added(matrix, torch.zeros_like(matrix), rows, None)
+
+
+def test_one_sigma_serves_all_layers(device: str) -> None:
+    a = [torch.randn(20, C, device=device) for C in (4, 70)]
+    sigma = torch.randn(20, device=device)
+    S = [torch.zeros(C, C, device=device) for C in (4, 70)]
+    ops.weighted_grams_(S, a, sigma)
+    for matrix, rows in zip(S, a, strict=True):
+        assert_added(matrix, torch.zeros_like(matrix), rows, sigma)
+
+
+def test_grouped_updates_give_equal_bits_with_any_number_of_threads(device: str) -> None:
+    a = [torch.randn(700, C, device=device) for C in (150, 20, 64)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            S = [torch.zeros(C, C, device=device) for C in (150, 20, 64)]
+            results.append(ops.weighted_grams_(S, a))
+    finally:
+        torch.set_num_threads(threads)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.gpu
+def test_a_grouped_update_is_captured_in_a_graph(cuda: str) -> None:
+    a = [torch.randn(200, C, device=cuda) for C in (16, 100)]
+    S = [torch.zeros(C, C, device=cuda) for C in (16, 100)]
+    ops.weighted_grams_(S, a)
+    expected = [2 * matrix for matrix in S]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.weighted_grams_(S, a)
+    graph.replay()
+    assert all(torch.equal(matrix, twice) for matrix, twice in zip(S, expected, strict=True))

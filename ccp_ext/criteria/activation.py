@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ccp_ext import ops
 from ccp_ext.activations import Activations, Reader, View, map_views
 from ccp_ext.cost import Cost
 from ccp_ext.criteria.base import Criterion, register
@@ -58,9 +59,8 @@ class _Active(MapAccumulator):
 
     def add(self, view, maps) -> None:
         active, values = self.counts.get(view, (0, 0))
-        axes = [d for d in range(maps.dim()) if d != 1]
-        added = (maps != 0).sum(axes)
-        self.counts[view] = active + added, values + maps.numel() // maps.shape[1]
+        moments = ops.channel_moments(maps)
+        self.counts[view] = active + moments.count - moments.zeros, values + moments.count
 
     def score(self) -> Tensor:
         return sum(active.double() / n for active, n in self.counts.values()) / len(self.counts)

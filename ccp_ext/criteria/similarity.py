@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ccp_ext import ops
 from ccp_ext.activations import Activations
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.activation import MapAccumulator
@@ -24,7 +25,7 @@ class _Similarity(MapAccumulator):
         self.count = 0
 
     def add(self, view, maps) -> None:
-        mean = map_similarity(_in_unit_range(maps), self.kind)
+        mean = ops.map_similarity(in_unit_range(maps), self.kind).double()
         self.total = self.total + mean * len(maps)
         self.count += len(maps)
 
@@ -97,38 +98,9 @@ class QSFMPSNR(_QSFM):
     kind = "psnr"
 
 
-def _in_unit_range(maps: Tensor) -> Tensor:
+def in_unit_range(maps: Tensor) -> Tensor:
     """Each sample's maps over the distance of its largest and least value (unless that is 0)."""
     values = maps.flatten(1)
     span = values.amax(1) - values.amin(1)
     span = torch.where(span > 0, span, 1.0)
     return maps / span.view(-1, *(1 for _ in maps.shape[1:]))
-
-
-def map_similarity(maps: Tensor, kind: str) -> Tensor:
-    """The mean over samples of the similarity of each pair of maps, for values of range 1.
-
-    With the moments over whole maps,
-
-    - "ssim": (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)) with
-      C1 = 0.01^2, C2 = 0.03^2 (Wang et al., 2004, with one window);
-    - "psnr": -10 log10(mean squared error) in decibels, at most 60.
-
-    Args:
-        maps: ``[N, C, ...]``.
-
-    Returns:
-        float64 ``[C, C]``.
-    """
-    x = maps.double().reshape(*maps.shape[:2], -1)
-    mean = x.mean(2, keepdim=True)
-    x = x - mean
-    covariance = x @ x.mT / x.shape[2]
-    variance = covariance.diagonal(dim1=1, dim2=2)
-    variances = variance.unsqueeze(1) + variance.unsqueeze(2)
-    if kind == "psnr":
-        error = variances - 2 * covariance + (mean - mean.mT) ** 2
-        return (-10 * torch.log10(error.clamp(min=1e-6))).mean(0)
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean * mean.mT + c1) / (mean**2 + mean.mT**2 + c1)
-    return (luminance * (2 * covariance + c2) / (variances + c2)).mean(0)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ccp_ext import measure
 from ccp_ext.cutting import fingerprint
+from ccp_ext.eager import eager
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph import rules
@@ -33,13 +34,14 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
     was: training flags, buffers and random state included.
 
     Args:
-        model: any module that torch.export can handle.
+        model: any module that torch.export can handle, or what ``torch.compile`` made of it.
         example_inputs: a tensor, or the tensors of the positional arguments, on the model's device.
             Their values do not matter, their shapes decide the operation counts.
 
     Raises:
         InputError: the model cannot be exported, or the inputs are not tensors with elements.
     """
+    model = eager(model)
     arguments = measure.as_arguments(example_inputs)
     for i, x in enumerate(arguments):
         if x.numel() == 0:

@@ -1,29 +1,7 @@
 // The CPU kernels of weighted_gram_. Included once per instruction set, hence no include guard.
-//
-// The rows of a are taken in blocks. A block is packed into panels of kPanel channels, laid out
-// [depth][kPanel]; a tile of S is the product of two panels, held in registers kTileRows rows at a
-// time.
+#include "csrc/cpu/panels.h"
+
 namespace ccp::cpu::CCP_ISA {
-
-template <class Acc>
-struct NativeVector;
-template <>
-struct NativeVector<float> {
-  typedef float type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-template <>
-struct NativeVector<double> {
-  typedef double type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-
-constexpr int kTileRows = CCP_VECTOR_BYTES == 64 ? 8 : 4;  // 2 * kTileRows registers accumulate
-template <class Acc>
-constexpr int kPanel = 2 * CCP_VECTOR_BYTES / sizeof(Acc);
-
-template <class Acc>
-int panel_width() {
-  return kPanel<Acc>;
-}
 
 // One panel of rows [begin, begin + depth) of a, and the same times `weights` unless that is null.
 // Channels beyond the last are zero.
@@ -44,42 +22,6 @@ void pack_panel(const WeightedGramParams& params, const double* weights, int64_t
     Acc* scaled = weighted + d * kPanel<Acc>;
     for (int c = 0; c < kPanel<Acc>; ++c) scaled[c] = static_cast<Acc>(weights[d] * to[c]);
   }
-}
-
-// tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows.
-template <class Acc>
-inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const Acc* right,
-                                                         int64_t depth, Acc* tile) {
-  using Vector = typename NativeVector<Acc>::type;
-  Vector acc[kTileRows][2] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Vector column[2];
-    __builtin_memcpy(column, right + d * kPanel<Acc>, sizeof column);
-    for (int r = 0; r < kTileRows; ++r) {
-      acc[r][0] += left[d * kPanel<Acc> + r] * column[0];
-      acc[r][1] += left[d * kPanel<Acc> + r] * column[1];
-    }
-  }
-  __builtin_memcpy(tile, acc, sizeof acc);
-}
-
-// Adds the product of two panels to the upper triangle of S and, mirrored, to the lower one.
-template <class Acc>
-void add_tile(const WeightedGramParams& params, const Acc* left, const Acc* right, int64_t depth,
-              TileIndex index) {
-  constexpr int kSide = kPanel<Acc>;
-  alignas(64) Acc tile[kSide][kSide];
-  for (int r = 0; r < kSide; r += kTileRows) multiply_rows(left + r, right, depth, tile[r]);
-  Acc* S = static_cast<Acc*>(params.S);
-  const int64_t i0 = index.row * kSide, j0 = index.column * kSide, stride = params.S_stride;
-  const int64_t rows = std::min<int64_t>(kSide, params.channels - i0);
-  const int64_t columns = std::min<int64_t>(kSide, params.channels - j0);
-  const bool diagonal = index.row == index.column;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = diagonal ? i : 0; j < columns; ++j)
-      S[(i0 + i) * stride + j0 + j] += tile[i][j];
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < (diagonal ? j : rows); ++i) S[(j0 + j) * stride + i0 + i] += tile[i][j];
 }
 
 }  // namespace ccp::cpu::CCP_ISA

@@ -1,24 +1,12 @@
 // The CUDA kernels of channel_dot.
 #pragma once
 
+#include "csrc/cuda/div_mod.cuh"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/reduce.cuh"
 #include "csrc/cuda/vec.cuh"
 
 namespace ccp {
-
-struct DivMod {
-  int64_t quotient, remainder;
-};
-
-// Division of numbers that are not negative; 64-bit division is slow and rarely needed.
-__device__ __forceinline__ DivMod div_mod(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    return {quotient, a - static_cast<int64_t>(quotient) * b};
-  }
-  return {a / b, a % b};
-}
 
 struct Offset {
   int64_t x, g;

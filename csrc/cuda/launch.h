@@ -107,24 +107,4 @@ inline ChannelDotLaunch plan_channel_dot(const ChannelDotParams& params, int ele
                                                          : plan_rows(params, vector);
 }
 
-constexpr int kGramTile = 64;   // a block computes kGramTile x kGramTile elements of S
-constexpr int kGramDepth = 16;  // rows of a in shared memory at a time
-constexpr int64_t kGramMinimumRows = 64;
-
-struct WeightedGramLaunch {
-  int64_t tiles;  // of the upper triangle
-  Split split;    // of the rows of a
-  int64_t blocks;
-  unsigned grid;
-};
-
-inline WeightedGramLaunch plan_weighted_gram(const WeightedGramParams& params) {
-  const int64_t side = ceil_div(params.channels, kGramTile);
-  const int64_t tiles = side * (side + 1) / 2;
-  const Split split =
-      split_work(params.samples * params.terms, kGramMinimumRows, kGramDepth, tiles);
-  const int64_t blocks = tiles * split.count;
-  return {tiles, split, blocks, grid_size(blocks)};
-}
-
 }  // namespace ccp

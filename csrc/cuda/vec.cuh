@@ -1,4 +1,4 @@
-// Loads of one element or of 16 bytes.
+// Loads of one element or of 16 bytes, stores of 16 bytes.
 #pragma once
 
 #include "csrc/math.h"
@@ -22,6 +22,14 @@ __device__ __forceinline__ Packed<T, kVector> load_packed(const T* address) {
     memcpy(&packed, &bits, sizeof packed);
   }
   return packed;
+}
+
+template <class T, int kVector>
+__device__ __forceinline__ void store_packed(const Packed<T, kVector>& packed, T* address) {
+  static_assert(sizeof packed == sizeof(uint4));
+  uint4 bits;
+  memcpy(&bits, &packed, sizeof packed);
+  *reinterpret_cast<uint4*>(address) = bits;
 }
 
 }  // namespace ccp

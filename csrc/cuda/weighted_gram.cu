@@ -10,35 +10,56 @@ namespace ccp::cuda {
 namespace {
 
 template <class T, class Acc>
-void run(const WeightedGramParams& params, const Tensor& S, cudaStream_t stream) {
-  const WeightedGramLaunch launch = plan_weighted_gram(params);
-  const auto kernel = weighted_gram<GramTraits<T, Acc>>;
-  if (launch.split.count == 1) {
-    kernel<<<launch.grid, kBlockThreads, 0, stream>>>(params, launch, nullptr);
-    return check_launch("weighted_gram_");
+void launch_layers(const WeightedGramParams* layers, int count, const GramArguments& call,
+                   cudaStream_t stream) {
+  using Traits = GramTraits<T, Acc>;
+  const GramLaunch launch = plan_weighted_grams(layers, count);
+  Acc* partial = nullptr;
+  std::optional<Tensor> storage;
+  if (launch.parts > 0) {
+    storage = torch::stable::new_empty(call.S[0], {launch.parts, kGramElements});
+    partial = static_cast<Acc*>(storage->mutable_data_ptr());
   }
-  const int64_t elements = launch.tiles * kGramTile * kGramTile;
-  const Tensor partial = torch::stable::new_empty(S, {launch.split.count, elements});
-  kernel<<<launch.grid, kBlockThreads, 0, stream>>>(params, launch, partial.mutable_data_ptr());
-  check_launch("weighted_gram_");
-  add_gram_parts<Acc><<<grid_size(ceil_div(elements, kBlockThreads)), kBlockThreads, 0, stream>>>(
-      params, launch, static_cast<const Acc*>(partial.const_data_ptr()));
-  check_launch("weighted_gram_");
+  weighted_grams<Traits>
+      <<<grid_size(launch.blocks), Traits::kThreads, 0, stream>>>(launch, partial);
+  check_launch(call.op);
+  if (launch.parts == 0) return;
+  add_gram_parts<Acc><<<grid_size(launch.split_tiles), kBlockThreads, 0, stream>>>(launch, partial);
+  check_launch(call.op);
+}
+
+template <class T, class Acc>
+void run(const std::vector<WeightedGramParams>& layers, const GramArguments& call,
+         cudaStream_t stream) {
+  for (size_t first = 0; first < layers.size(); first += kGramLayers) {
+    const size_t count = std::min<size_t>(kGramLayers, layers.size() - first);
+    launch_layers<T, Acc>(layers.data() + first, static_cast<int>(count), call, stream);
+  }
+}
+
+void add_grams(const GramArguments& call) {
+  check_weighted_grams(call);
+  const std::vector<WeightedGramParams> layers = weighted_gram_layers(call);
+  if (layers.empty()) return;
+  const int32_t device = call.S[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  dispatch_floating(call.a[0].scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (call.S[0].scalar_type() == ScalarType::Float) return run<T, float>(layers, call, stream);
+    }
+    run<T, double>(layers, call, stream);
+  });
 }
 
 void weighted_gram_(const Tensor& S, const Tensor& a, const std::optional<Tensor>& sigma) {
-  check_weighted_gram(S, a, sigma);
-  if (a.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(S.get_device_index());
-  const WeightedGramParams params = weighted_gram_params(S, a, sigma);
-  const cudaStream_t stream = current_stream(S.get_device_index());
-  dispatch_floating(a.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, double>) {
-      if (S.scalar_type() == ScalarType::Float) return run<T, float>(params, S, stream);
-    }
-    run<T, double>(params, S, stream);
-  });
+  add_grams(single_gram(S, a, sigma));
+}
+
+void weighted_grams_(const std::vector<Tensor>& S, const std::vector<Tensor>& a,
+                     const std::optional<std::vector<Tensor>>& sigma) {
+  add_grams(grouped_grams(S, a, sigma));
 }
 
 }  // namespace
@@ -46,4 +67,5 @@ void weighted_gram_(const Tensor& S, const Tensor& a, const std::optional<Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(ccp_ext, CUDA, m) {
   m.impl("weighted_gram_", TORCH_BOX(&ccp::cuda::weighted_gram_));
+  m.impl("weighted_grams_", TORCH_BOX(&ccp::cuda::weighted_grams_));
 }

@@ -94,6 +94,16 @@ auto without_lock(const Solve& solve) {
   return solve(solver::Checkpoint(SignalCheck()));
 }
 
+py::tuple symmetrise(const Doubles& matrix) {
+  if (matrix.ndim() != 2 || matrix.shape(0) != matrix.shape(1)) {
+    throw std::invalid_argument("expected matrix [n, n]");
+  }
+  Doubles mean({matrix.shape(0), matrix.shape(0)});
+  const solver::Symmetrised found =
+      solver::symmetrise(matrix.shape(0), matrix.data(), mean.mutable_data());
+  return py::make_tuple(mean, found.asymmetry, found.largest, found.absolute_sum);
+}
+
 double objective(const Doubles& quadratic, const Doubles& linear, const Bools& mask) {
   const solver::Problem problem = make_problem(quadratic, linear);
   return solver::objective(problem, to_mask(mask, problem.size));
@@ -215,6 +225,8 @@ PYBIND11_MODULE(_solver, module) {
   module.doc() =
       "min 1/2 m'Sm - u'm over bool masks m [n] with r ones; quadratic = S [n, n] symmetric and "
       "linear = u [n], both float64.";
+  module.def("symmetrise", &symmetrise, py::arg("matrix"),
+             "((A + A') / 2, max |A - A'|, max |A|, sum |A|) for a matrix A [n, n]");
   module.def("objective", &objective, py::arg("quadratic"), py::arg("linear"), py::arg("mask"));
   module.def("lower_bound", &lower_bound, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
   module.def("greedy", &greedy, py::arg("quadratic"), py::arg("linear"), py::arg("r"));

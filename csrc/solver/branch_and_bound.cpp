@@ -103,7 +103,7 @@ class Search {
 
   Certified run() {
     start();
-    const Relaxed root = solve_root();
+    const Relaxed root = solve_root(0.25 * limits_.gap);
     consider_rounded(root);
     if (bound_ < cutoff()) search(root);
     return {best_, std::min(bound_, least_), bound_ >= cutoff(), tolerance_, expanded_};
@@ -111,7 +111,8 @@ class Search {
 
   Mask round() {
     start();
-    consider_rounded(solve_root());
+    const double scale = std::abs(least_ - problem_.constant);
+    consider_rounded(solve_root(kRoundedPrecision * scale));
     return best_;
   }
 
@@ -129,7 +130,7 @@ class Search {
   void start() {
     if (all_ones(problem_.weight)) {
       for (const Mask& mask : greedy(problem_, r_, checkpoint_)) {
-        consider(swaps_.run(mask, checkpoint_));
+        consider(problem_.size > kLargestPolished ? mask : swaps_.run(mask, checkpoint_));
       }
       return;
     }
@@ -142,11 +143,11 @@ class Search {
     consider(swaps_.run(mask, checkpoint_));
   }
 
-  Relaxed solve_root() {
+  Relaxed solve_root(double precision) {
     std::vector<double> x(problem_.weight);
     for (Index i = 0; i < problem_.size; ++i) x[i] *= best_[i];
     const Relaxed root = relax(relaxation_of(problem_, r_, scaled_), std::move(x),
-                               {kInfinity, std::max(tolerance_, limits_.gap / 4), expired_});
+                               {kInfinity, std::max(tolerance_, precision), expired_});
     bound_ = problem_.constant + root.bound - slack_;
     return root;
   }
@@ -181,7 +182,8 @@ class Search {
       }
       ++expanded_;
       if (report_ && expanded_ % kReporting == 0) report_(least_, lowest_open());
-      if (expanded_ >= kFirstRepeat && (expanded_ & (expanded_ - 1)) == 0) anneal_core();
+      const bool power_of_two = (expanded_ & (expanded_ - 1)) == 0;
+      if (power_of_two && effort() >= 1) anneal_core();
     }
     bound_ = std::max(bound_, std::min(cutoff(), lowest_open()));
   }
@@ -231,10 +233,14 @@ class Search {
     return mask;
   }
 
+  // What the nodes so far have cost, in units of one annealing.
+  std::int64_t effort() const { return expanded_ * core_.problem.size / kNodesWorthAnnealing; }
+
   void anneal_core() {
     const Mask start = inner(best_);
     if (weight_of(core_.problem, start) != core_.relaxation.total) return;
-    const std::int64_t proposals = kProposals * core_.problem.size;
+    const std::int64_t proposals =
+        kProposals * core_.problem.size * std::max<std::int64_t>(1, effort());
     const Mask found = anneal(core_.problem, start, proposals, seed_ + expanded_, expired_);
     consider(outer(core_swaps_->run(found, checkpoint_)));
   }
@@ -332,11 +338,13 @@ class Search {
   }
 
   static constexpr std::size_t kMostBytes = std::size_t{1} << 30;
+  static constexpr Index kLargestPolished = 256;  // beyond, rounding alone is worth the swaps
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
+  static constexpr double kRoundedPrecision = 1e-3;  // of the cost
   static constexpr std::int64_t kProposals = 2000;
   static constexpr std::int64_t kRounding = 32;
-  static constexpr std::int64_t kFirstRepeat = 1024;
+  static constexpr std::int64_t kNodesWorthAnnealing = 1 << 16;  // times the channels of a node
   static constexpr std::int64_t kReporting = 64;
 
   const Problem& problem_;

@@ -15,7 +15,7 @@ namespace ccp::solver {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kPrecision = 1e-5;  // of the costs' range
+constexpr double kPrecision = 1e-4;  // of the costs' range
 
 // Adds or gives back the cheapest channels until `count` are chosen.
 Mask resized(const Problem& problem, Mask mask, Index count) {

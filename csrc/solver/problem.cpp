@@ -8,6 +8,26 @@
 
 namespace ccp::solver {
 
+Symmetrised symmetrise(Index size, const double* matrix, double* mean) {
+  constexpr Index kTile = 32;  // two tiles fit in the first cache
+  Symmetrised found{0, 0, 0};
+  for (Index top = 0; top < size; top += kTile) {
+    for (Index left = 0; left <= top; left += kTile) {
+      for (Index i = top; i < std::min(top + kTile, size); ++i) {
+        for (Index j = left; j < std::min(left + kTile, i + 1); ++j) {
+          const double a = 0.5 * matrix[i * size + j];  // halves, because the sum may overflow
+          const double b = 0.5 * matrix[j * size + i];
+          mean[i * size + j] = mean[j * size + i] = a + b;
+          found.asymmetry = std::max(found.asymmetry, 2 * std::abs(a - b));
+          found.largest = std::max({found.largest, 2 * std::abs(a), 2 * std::abs(b)});
+          found.absolute_sum += (i == j ? 1 : 2) * (std::abs(a) + std::abs(b));
+        }
+      }
+    }
+  }
+  return found;
+}
+
 double objective(const Problem& problem, const Mask& mask) {
   std::vector<Index> chosen;
   for (Index i = 0; i < problem.size; ++i) {

@@ -41,6 +41,14 @@ struct Problem {
   double diagonal(Index i) const { return row(i)[i]; }
 };
 
+// The mean of a matrix and its transpose, and what there is to check about the matrix.
+struct Symmetrised {
+  double asymmetry;     // max |a_ij - a_ji|
+  double largest;       // max |a_ij|
+  double absolute_sum;  // not finite if an entry is not
+};
+Symmetrised symmetrise(Index size, const double* matrix, double* mean);
+
 // The cost from its definition, in O(n + r^2).
 double objective(const Problem& problem, const Mask& mask);
 

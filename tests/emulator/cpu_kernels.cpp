@@ -66,8 +66,8 @@ void check_weighted_gram(const std::string& isa, int64_t width, Pack pack, Add a
   }
   for (int64_t index = 0; index < panels * (panels + 1) / 2; ++index) {
     const TileIndex tile = ccp::upper_tile(index);
-    add(params, left.data() + tile.row * depth * width, right.data() + tile.column * depth * width,
-        depth, tile);
+    add(S.data(), S_stride, C, C, true, left.data() + tile.row * depth * width,
+        right.data() + tile.column * depth * width, depth, tile);
   }
   for (int64_t i = 0; i < C; ++i) {
     for (int64_t j = 0; j < C; ++j) {

@@ -7,13 +7,15 @@
 // ThreadSanitizer every fiber is a thread of its own, synchronised with others only by barriers and
 // shuffles: a missing barrier is reported as the data race that it is.
 //
-// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory. Not emulated:
-// timing, atomics, asynchronous copies, the memory model between blocks.
+// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory; the matrix units
+// and asynchronous copies as far as csrc/cuda/mma.cuh wraps them. Not emulated: timing, atomics,
+// the memory model between blocks.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -25,6 +27,7 @@
 #include <vector>
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -87,6 +90,12 @@ inline void release(void*) {}
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;  // null to write zeros
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -95,7 +104,9 @@ struct Fiber {
   unsigned block_barriers_met;  // the dropped one included
   unsigned block_barriers_passed;
   unsigned warp_barriers_passed;
-  uint64_t shuffled;  // the value that this lane offers to a shuffle
+  uint64_t offered[4];       // the value that this lane offers to the others of its warp
+  std::vector<Copy> copies;  // begun, not yet committed
+  std::vector<std::vector<Copy>> pending;  // committed, not yet arrived; oldest first
   void* detector;
 };
 
@@ -136,6 +147,8 @@ EMU_UNCHECKED inline void start_fiber(Fiber& fiber, unsigned index) {
   fiber.block_barriers_met = 0;
   fiber.block_barriers_passed = 0;
   fiber.warp_barriers_passed = 0;
+  fiber.copies.clear();
+  fiber.pending.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -172,8 +185,8 @@ EMU_UNCHECKED inline size_t count(State state) {
 
 EMU_UNCHECKED inline void run_block() {
   const size_t threads = block->fibers.size();
-  race_detector::release(&block->start);
   for (size_t i = 0; i < threads; ++i) start_fiber(block->fibers[i], static_cast<unsigned>(i));
+  race_detector::release(&block->start);
   for (;;) {
     resume_ready_fibers();
     if (count(State::kDone) == threads) break;
@@ -237,18 +250,46 @@ EMU_UNCHECKED inline void sync_warp() {
   race_detector::acquire(barrier);
 }
 
-// The value that lane `source` of this warp offers; every lane of the warp must call.
+// What each lane of this warp offers; every lane of the warp must call.
 template <class T>
-EMU_UNCHECKED T shuffle(T value, unsigned source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+EMU_UNCHECKED std::array<T, kWarp> gather(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Fiber::offered));
   Fiber* self = block->running;
-  __builtin_memcpy(&self->shuffled, &value, sizeof value);
+  __builtin_memcpy(self->offered, &value, sizeof value);
   yield(State::kAtWarpBarrier);
-  T received;
+  std::array<T, kWarp> received;
   const unsigned first = self->index / kWarp * kWarp;
-  __builtin_memcpy(&received, &block->fibers[first + source].shuffled, sizeof received);
+  for (unsigned i = 0; i < kWarp; ++i)
+    __builtin_memcpy(&received[i], block->fibers[first + i].offered, sizeof(T));
   yield(State::kAtWarpBarrier);
   return received;
+}
+
+// Copies arrive as late as the waiting allows; until then the destination holds NaN. A kernel that
+// reads too early computes NaN, and one that copies over what others still read is a data race.
+inline void begin_copy(void* to, const void* from, size_t bytes) {
+  memset(to, 0xff, bytes);
+  block->running->copies.push_back({to, from, bytes});
+}
+
+inline void commit_copies() {
+  Fiber* self = block->running;
+  self->pending.push_back(std::move(self->copies));
+  self->copies.clear();
+}
+
+inline void finish_copies(size_t still_pending) {
+  std::vector<std::vector<Copy>>& pending = block->running->pending;
+  while (pending.size() > still_pending) {
+    for (const Copy& copy : pending.front()) {
+      if (copy.from) {
+        memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        memset(copy.to, 0, copy.bytes);
+      }
+    }
+    pending.erase(pending.begin());
+  }
 }
 
 }  // namespace emu
@@ -261,7 +302,13 @@ inline void __syncthreads() { emu::sync_block(); }
 inline void __syncwarp() { emu::sync_warp(); }
 
 template <class T>
+T __shfl_sync(unsigned mask, T value, unsigned source) {
+  if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
+  return emu::gather(value)[source % emu::kWarp];
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
   if (mask != 0xffffffffu) throw std::runtime_error("shuffles are emulated for whole warps only");
-  return emu::shuffle(value, emu::lane() ^ lanes);
+  return emu::gather(value)[emu::lane() ^ lanes];
 }

@@ -1,6 +1,8 @@
 // The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
 #include "csrc/cuda/launch.h"
 
+#include "csrc/cuda/gram_launch.h"
+#include "csrc/cuda/patch_launch.h"
 #include "csrc/triangle.h"
 #include "testing.h"
 
@@ -101,9 +103,59 @@ void test_tiles() {
   expect("last tile of a distant column", ccp::upper_tile(first - 1).row == column - 1);
 }
 
+void test_grouped_grams() {
+  std::vector<ccp::WeightedGramParams> layers(53);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    layers[i].channels = 64 << i % 6;
+    layers[i].samples = i == 3 ? 50000 : 256;
+    layers[i].terms = 1;
+  }
+  const ccp::GramLaunch launch = ccp::plan_weighted_grams(layers.data(), 53);
+  int64_t blocks = 0, split_tiles = 0, parts = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const ccp::GramLayer& layer = launch.layer[i];
+    const int64_t rows = layers[i].samples, count = layer.split.count;
+    const std::string name = "layer " + std::to_string(i);
+    expect(name + " is covered", count * layer.split.length >= rows);
+    expect(name + " has no empty part", (count - 1) * layer.split.length < rows);
+    expect(name + " begins where the one before ends", layer.first_block == blocks &&
+                                                           layer.first_split_tile == split_tiles &&
+                                                           layer.first_part == parts);
+    blocks += layer.tiles * count;
+    split_tiles += count > 1 ? layer.tiles : 0;
+    parts += count > 1 ? layer.tiles * count : 0;
+  }
+  expect("all blocks, split tiles and parts are counted",
+         launch.blocks == blocks && launch.split_tiles == split_tiles && launch.parts == parts);
+  expect("a long layer is split, short ones are not", split_tiles == 36 && parts > 36);
+}
+
+void test_patch_products() {
+  ccp::PatchProductParams params{};
+  params.left = {nullptr, 64,     {56, 56}, 64 * 56 * 56, 56 * 56,
+                 {56, 1}, {3, 3}, {1, 1},   {1, 1},       {1, 1}};
+  params.right = params.left;
+  params.symmetric = true;
+  params.groups = 1;
+  params.samples = 32;
+  params.positions[0] = params.positions[1] = 56;
+  const ccp::PatchLaunch launch = ccp::plan_patch_product(params);
+  expect("576 columns have 45 tiles in the upper triangle", launch.tiles == 45);
+  expect("few tiles are split until they fill the device", launch.blocks >= 1000);
+  params.samples = int64_t{1} << 40;
+  expect("parts are counted in 32 bits",
+         ccp::plan_patch_product(params).split.length <= ccp::kPatchMaximumRows);
+  expect("contiguous maps are read along positions", !ccp::channels_first_in_memory(params.left));
+  params.left.channel_stride = 1;
+  params.left.position_stride[1] = 64;
+  expect("channels-last maps along channels", ccp::channels_first_in_memory(params.left));
+}
+
 }  // namespace
 
 int main() {
+  test_grouped_grams();
+  test_patch_products();
   test_layouts();
   test_vector_width();
   test_split();

@@ -7,68 +7,101 @@
 
 namespace {
 
-using ccp::WeightedGramLaunch;
 using ccp::WeightedGramParams;
 
-struct Case {
-  std::string name;
+struct Layer {
   int64_t channels, samples, terms;
   bool weighted;
 };
 
+struct Case {
+  std::string name;
+  std::vector<Layer> layers;
+};
+
+// What the launcher does, with emulated launches.
 template <class T, class Acc>
-void run(const WeightedGramParams& params, const WeightedGramLaunch& launch, unsigned seed) {
-  const auto kernel = ccp::weighted_gram<ccp::GramTraits<T, Acc>>;
-  const bool whole = launch.split.count == 1;
-  auto partial =
-      testing::unwritten<Acc>(whole ? 0 : launch.blocks * ccp::kGramTile * ccp::kGramTile);
-  emu::launch(launch.grid, ccp::kBlockThreads, seed, kernel, params, launch,
-              whole ? nullptr : partial.data());
-  if (whole) return;
-  emu::launch(3, ccp::kBlockThreads, seed, ccp::add_gram_parts<Acc>, params, launch,
+void run(const std::vector<WeightedGramParams>& layers, unsigned seed) {
+  using Traits = ccp::GramTraits<T, Acc>;
+  const auto launch = ccp::plan_weighted_grams(layers.data(), static_cast<int>(layers.size()));
+  auto partial = testing::unwritten<Acc>(launch.parts * ccp::kGramElements);
+  // Every other time the blocks take several turns.
+  const auto grid = [&](int64_t blocks) { return ccp::grid_size(seed % 2 ? blocks : 2); };
+  emu::launch(grid(launch.blocks), Traits::kThreads, seed, ccp::weighted_grams<Traits>, launch,
               partial.data());
+  if (launch.parts > 0)
+    emu::launch(grid(launch.split_tiles), ccp::kBlockThreads, seed, ccp::add_gram_parts<Acc>,
+                launch, partial.data());
 }
 
+// One layer's data, the S that it starts from and the one that it must become.
 template <class T, class Acc, class Sigma>
-void check(const Case& test, int schedules) {
-  const int64_t C = test.channels, rows = test.samples * test.terms, S_stride = C + 3;
-  std::mt19937 random(11);
-  const auto a = testing::random_values<T>(rows * C, random);
-  const auto sigma = testing::random_values<Sigma>(rows, random);
-  const auto start = testing::random_values<Acc>(S_stride * C, random);
-  for (int seed = 0; seed < schedules; ++seed) {
-    std::vector<Acc> S = start;
-    const bool is_double = std::is_same_v<Sigma, double>;
-    const WeightedGramParams params{S.data(),   a.data(), test.weighted ? sigma.data() : nullptr,
-                                    is_double,  C,        test.samples,
-                                    test.terms, S_stride, test.terms * C,
-                                    C,          1,        test.terms,
-                                    1};
-    WeightedGramLaunch launch = ccp::plan_weighted_gram(params);
-    if (seed % 2 == 0) launch.grid = std::min(launch.grid, 2u);  // blocks take several turns
-    run<T, Acc>(params, launch, seed);
+class LayerTest {
+ public:
+  LayerTest(const Layer& layer, std::mt19937& random)
+      : layer_(layer),
+        rows_(layer.samples * layer.terms),
+        S_stride_(layer.channels + 3),
+        a_(testing::random_values<T>(rows_ * layer.channels, random)),
+        sigma_(testing::random_values<Sigma>(rows_, random)),
+        start_(testing::random_values<Acc>(S_stride_ * layer.channels, random)),
+        S_(start_.size()) {}
+
+  WeightedGramParams restart() {
+    S_ = start_;
+    const int64_t C = layer_.channels, terms = layer_.terms;
+    return {S_.data(), a_.data(), layer_.weighted ? sigma_.data() : nullptr,
+            is_double, C,         layer_.samples,
+            terms,     S_stride_, terms * C,
+            C,         1,         terms,
+            1};
+  }
+
+  void compare(const std::string& name) const {
+    const int64_t C = layer_.channels;
     for (int64_t i = 0; i < C; ++i) {
-      for (int64_t j = 0; j < S_stride; ++j) {
-        double sum = start[i * S_stride + j], magnitude = std::fabs(sum);
-        for (int64_t row = 0; j < C && row < rows; ++row) {
-          const double weight = test.weighted ? sigma[row] : 1;
-          const double term = weight * ccp::widen(a[row * C + i]) * ccp::widen(a[row * C + j]);
+      for (int64_t j = 0; j < S_stride_; ++j) {
+        double sum = start_[i * S_stride_ + j], magnitude = std::fabs(sum);
+        for (int64_t row = 0; j < C && row < rows_; ++row) {
+          const double weight = layer_.weighted ? sigma_[row] : 1;
+          const double term = weight * ccp::widen(a_[row * C + i]) * ccp::widen(a_[row * C + j]);
           sum += term;
           magnitude += std::fabs(term);
         }
-        testing::expect_close(test.name, i * S_stride + j, S[i * S_stride + j], sum, magnitude);
+        testing::expect_close(name, i * S_stride_ + j, S_[i * S_stride_ + j], sum, magnitude);
       }
     }
+  }
+
+ private:
+  static constexpr bool is_double = std::is_same_v<Sigma, double>;
+  Layer layer_;
+  int64_t rows_, S_stride_;
+  std::vector<T> a_;
+  std::vector<Sigma> sigma_;
+  std::vector<Acc> start_, S_;
+};
+
+template <class T, class Acc, class Sigma>
+void check(const Case& test, int schedules) {
+  std::mt19937 random(11);
+  std::vector<LayerTest<T, Acc, Sigma>> layers;
+  for (const Layer& layer : test.layers) layers.emplace_back(layer, random);
+  for (int seed = 0; seed < schedules; ++seed) {
+    std::vector<WeightedGramParams> params;
+    for (auto& layer : layers) params.push_back(layer.restart());
+    run<T, Acc>(params, seed);
+    for (const auto& layer : layers) layer.compare(test.name);
   }
 }
 
 std::vector<Case> cases() {
   return {
-      {"one tile", 5, 3, 1, true},
-      {"no weights", 16, 20, 1, false},
-      {"several tiles, several terms", 70, 9, 5, true},
-      {"in parts", 66, 150, 1, true},
-      {"one tile in parts, several terms", 20, 50, 7, true},
+      {"one tile", {{5, 3, 1, true}}},
+      {"no weights", {{16, 20, 1, false}}},
+      {"several tiles, several terms", {{70, 3, 5, true}}},
+      {"in parts", {{66, 80, 1, true}}},
+      {"many layers", {{7, 10, 7, true}, {65, 4, 3, false}, {3, 130, 1, true}, {9, 8, 1, true}}},
   };
 }
 

@@ -1,0 +1,132 @@
+"""How the cost of S grows with batch, channels and positions, and what a whole data set costs.
+
+    python -m benchmarks.scaling [--device cuda] [--images-per-second 2500]
+
+The growth is measured, for one group: its channel_dot and its Gram update. The cost of ImageNet on
+several GPUs is computed: from images a second as measured on one, from the exact size of all sums
+of ResNet-50, and from the links' nominal speeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import ccp_ext
+from benchmarks.common import RESULTS, interleaved, seconds_of, write_results
+from benchmarks.networks import NETWORKS
+from ccp_ext import ops, trace
+from ccp_ext.report import table
+
+IMAGES = 1_281_167  # ImageNet-1k's training images
+GPUS = (1, 8, 64)
+# Bytes a second that one GPU sends while it receives as many (nominal).
+LINKS = {"NVLink 4": 450e9, "400 Gbit/s network": 50e9, "100 Gbit/s network": 12.5e9}
+START = {"N": 128, "C": 64, "H=W": 16}
+STEPS = {"N": (32, 64, 128, 256, 512), "C": (16, 32, 64, 128, 256), "H=W": (4, 8, 16, 32, 64)}
+# What the counted bytes and operations grow with: a power of each variable.
+EXPECTED = {
+    "channel_dot": {"N": 1, "C": 1, "H=W": 2},
+    "weighted_gram_": {"N": 1, "C": 2, "H=W": 0},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="a trial: two sizes, three rounds")
+    parser.add_argument("--images-per-second", type=float, help="of one GPU, as measured")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of scaling.json")
+    options = parser.parse_args(arguments)
+    device = ccp_ext.usable_devices()[-1] if options.device == "auto" else options.device
+    rows = [row for variable in STEPS for row in growth(variable, device, options)]
+    print(table(rows))
+    exponents = [fitted(rows, operator, variable) for operator in EXPECTED for variable in STEPS]
+    print(table(exponents))
+    size = bytes_of_sums("resnet50")
+    projected = [projection(options.images_per_second, n, link) for n in GPUS for link in LINKS]
+    print(f"all sums of ResNet-50: {size:,} bytes. Computed, not measured:")
+    print(table(projected))
+    content = {
+        "settings": {"device": device, "rounds": options.rounds, "start": START},
+        "measured": rows,
+        "exponents": exponents,
+        "computed, not measured": {"bytes of all sums, ResNet-50": size, "passes": projected},
+    }
+    print(write_results("scaling", content, options.output))
+
+
+def growth(variable: str, device: str, options: argparse.Namespace) -> list[dict]:
+    """Times along one variable, the others at ``START``."""
+    rows = []
+    for value in STEPS[variable][: 2 if options.quick else None]:
+        size = START | {variable: value}
+        n, c, side = size.values()
+        x, g = torch.randn(2, n, c, side, side, device=device)
+        a, S = ops.channel_dot(x, g), torch.zeros(c, c, device=device)
+        functions = {
+            "channel_dot": lambda x=x, g=g: ops.channel_dot(x, g),
+            "weighted_gram_": lambda S=S, a=a: ops.weighted_gram_(S, a),
+        }
+        seconds = {}
+        for name, function in functions.items():
+            function()
+            calls = max(1, min(50, math.ceil(1e-3 / seconds_of(function, [()], device))))
+            rounds = 3 if options.quick else options.rounds
+            seconds |= interleaved({name: function}, rounds, device=device, calls=calls)
+        rows.append(
+            {"variable": variable, **size}
+            | {f"{name}, us": 1e6 * median(times) for name, times in seconds.items()}
+        )
+    return rows
+
+
+def fitted(rows: Sequence[dict], operator: str, variable: str) -> dict:
+    """The power of a variable in an operator's time between its two largest values."""
+    *_, before, last = (row for row in rows if row["variable"] == variable)
+    times = last[f"{operator}, us"] / before[f"{operator}, us"]
+    return {
+        "operator": operator,
+        "variable": variable,
+        "exponent at the largest": math.log(times) / math.log(last[variable] / before[variable]),
+        "of the counted work": EXPECTED[operator][variable],
+    }
+
+
+@cache
+def bytes_of_sums(network: str) -> int:
+    """The size of all groups' sums, float32: S [C, C], two vectors [C] and one count each."""
+    model = NETWORKS[network].create().eval()
+    image = torch.randn(1, 3, *2 * (NETWORKS[network].image_size,))
+    return sum(4 * (g.channels**2 + 2 * g.channels) + 8 for g in trace(model, image).groups)
+
+
+def ring_seconds(size: int, gpus: int, link: float) -> float:
+    """A ring all-reduce sends 2 (p - 1) / p of the bytes through each link, in both directions."""
+    return 2 * (gpus - 1) / gpus * size / link
+
+
+def projection(images_per_second: float | None, gpus: int, link: str) -> dict:
+    """What one pass over ImageNet costs; the sums are reduced once, at its end."""
+    size = bytes_of_sums("resnet50")
+    reduce = ring_seconds(size, gpus, LINKS[link])
+    compute = IMAGES / (images_per_second * gpus) if images_per_second else None
+    return {
+        "GPUs": gpus,
+        "link": link,
+        "pass over the images, s": compute,
+        "MB sent by each": 1e-6 * 2 * (gpus - 1) / gpus * size,
+        "all-reduce, ms": 1e3 * reduce,
+        "efficiency %": 100 * compute / (compute + reduce) if compute else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Validates and times one operator beside its rivals, at every size, type and layout."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import triton_kernels
+from benchmarks.common import interleaved, ratio, seconds_of, spread
+from benchmarks.limits import Limits
+from benchmarks.operation import DTYPES, Candidate, Case, Operation, Work
+
+CPU_ROTATION_BYTES = 256 << 20  # several times the last-level cache
+MAX_COPIES = 64
+YARDSTICK = "read"  # not a rival: reads the same inputs and computes nothing of use
+COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on each case.
+
+    Attributes:
+        seconds: that the timed calls of a case take together, about.
+        rounds: at most.
+        compiled: "all" cases also as torch.compile makes them, "some" (an operator's first size,
+            with all types and layouts) or "none".
+    """
+
+    seconds: float = 1.0
+    rounds: int = 30
+    compiled: str = "some"
+
+
+def cases(
+    operation: Operation, network: str, device: str, batch: int, smallest: bool = False
+) -> Iterator[Case]:
+    """Every distinct size of a network, or the smallest alone, in all layouts and types."""
+    sizes = list(operation.sizes(network, batch))
+    if smallest:
+        sizes = [min(sizes, key=lambda size: math.prod(size["shape"]))]
+    for size in sizes:
+        for layout, dtype in itertools.product(operation.layouts, DTYPES):
+            yield Case(network=network, layout=layout, dtype=dtype, device=device, **size)
+
+
+def measure(
+    operation: Operation, case: Case, limits: Limits, effort: Effort, compiled: bool
+) -> tuple[list[dict], dict[str, str]]:
+    """Rows of a case, one a candidate, "ours" first; and the rivals left out, with reasons.
+
+    Raises:
+        AssertionError: our result is further from the float64 reference than the bound allows.
+    """
+    torch.manual_seed(0)
+    functions, left_out = _candidates(operation, case, compiled)
+    inputs = operation.inputs(case)
+    expected = operation.reference(*inputs)
+    errors = {}
+    for name, function in list(functions.items()):
+        try:
+            errors[name] = _error(operation, case, name, function(*_clone(inputs)), expected)
+        except (AssertionError, RuntimeError) as error:  # a rival may lack memory, a type, accuracy
+            if name == "ours":
+                raise
+            left_out[name] = str(error).partition("\n")[0]
+            del functions[name]
+    work = operation.work(case)
+    if operation.cold and limits.floor(work)[1] == "memory":
+        functions[YARDSTICK] = _read
+    seconds = _times(operation, case, functions, effort)
+    of_case = {
+        "operator": operation.name,
+        "network": case.network,
+        "size": case.label,
+        "layout": case.layout,
+        "dtype": case.dtype_name,
+    }
+    rows = [
+        of_case
+        | {"candidate": name, **_figures(times, work, limits)}
+        | {"time over ours": ratio(times, seconds["ours"]), "error": errors.get(name)}
+        for name, times in seconds.items()
+    ]
+    return rows, left_out
+
+
+def _figures(times: list[float], work: Work, limits: Limits) -> dict:
+    """Quantiles of the time, and its middle as rates and shares of the limits."""
+    middle = median(times)
+    floor, bound = limits.floor(work)
+    return {
+        **spread(times),
+        "rounds": len(times),
+        "GB/s": 1e-9 * work.bytes / middle,
+        "TFLOP/s": 1e-12 * work.operations / middle,
+        "bound by": bound,
+        "% of limit": 100 * floor / middle,
+        "% of copy": 100 * work.bytes / middle / limits.copy,
+        "% of two-stream read": 100 * work.bytes / middle / limits.read_two,
+    }
+
+
+def overview(rows: Iterable[dict]) -> list[dict]:
+    """One line a case for the terminal: ours, and the rivals as multiples of our time."""
+    lines = []
+    for _, group in itertools.groupby(rows, key=lambda row: (row["operator"], *_key(row))):
+        of = {row["candidate"]: row for row in group}
+        ours = of.pop("ours")
+        unit = "GB/s" if ours["bound by"] == "memory" else "TFLOP/s"
+        lines.append(
+            {
+                "size": ours["size"],
+                "layout": ours["layout"],
+                "dtype": ours["dtype"],
+                "us": ours["us"],
+                "rate": f"{ours[unit]:.2f} {unit}",
+                "% of limit": ours["% of limit"],
+                **{f"{name} x": row["time over ours"] for name, row in of.items()},
+            }
+        )
+    columns = dict.fromkeys(itertools.chain.from_iterable(lines))
+    return [{column: line.get(column) for column in columns} for line in lines]
+
+
+def summary(rows: Iterable[dict]) -> list[dict]:
+    """Geometric means over the sizes of the rivals' times over ours."""
+    found: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["candidate"] != "ours":
+            key = (row["operator"], row["network"], row["dtype"], row["candidate"])
+            found.setdefault(key, []).append(row["time over ours"])
+    heads = ("operator", "network", "dtype", "candidate")
+    return [
+        dict(zip(heads, key, strict=True)) | {"cases": len(v), "time over ours": geometric_mean(v)}
+        for key, v in found.items()
+    ]
+
+
+def _key(row: dict) -> tuple:
+    return row["network"], row["size"], row["layout"], row["dtype"]
+
+
+def _candidates(
+    operation: Operation, case: Case, compiled: bool
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    functions, notes = dict(operation.candidates(case)), {}
+    cuda = torch.device(case.device).type == "cuda"
+    if "triton" in functions and (triton_kernels.triton is None or not cuda):
+        del functions["triton"]
+        notes["triton"] = "runs on a GPU only" if triton_kernels.triton else "not installed"
+    if compiled:
+        torch.compiler.reset()
+        mode = COMPILE_MODE[torch.device(case.device).type]
+        functions["compile"] = torch.compile(functions["eager"], dynamic=False, mode=mode)
+    return functions, notes
+
+
+def validate(operation: Operation, case: Case, name: str, function: Candidate) -> float:
+    """One candidate on fresh inputs: the largest error over the sum of |terms|.
+
+    Raises:
+        AssertionError: it is larger than the bound.
+    """
+    inputs = operation.inputs(case)
+    expected = operation.reference(*inputs)
+    return _error(operation, case, name, function(*inputs), expected)
+
+
+def _error(operation: Operation, case: Case, name: str, result, expected: tuple) -> float:
+    result, expected, magnitude = _flat(result), *map(_flat, expected)
+    bound = operation.tolerance(case, name)
+    error = (result - expected).abs()
+    if not (error <= bound * magnitude).all():  # False for NaN
+        worst = (error / magnitude).nan_to_num(math.inf).max().item()
+        raise AssertionError(
+            f"{operation.name}: {name} is wrong on {case.label} {case.layout} {case.dtype_name}: "
+            f"error {worst:.1e} of the sum of |terms|, allowed {bound:.1e}"
+        )
+    return (error / magnitude.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+
+
+def _flat(result: Tensor | Sequence[Tensor]) -> Tensor:
+    """All numbers of a result in one row, as float64."""
+    parts = [result] if isinstance(result, Tensor) else result
+    return torch.cat([part.double().flatten() for part in parts])
+
+
+def _times(
+    operation: Operation, case: Case, functions: dict[str, Callable], effort: Effort
+) -> dict[str, list[float]]:
+    """Seconds of each function; cold inputs take turns, so that none lies in the cache."""
+    first = operation.inputs(case)
+    copies = _copies(first, case.device) if operation.cold else 1
+    turns = itertools.cycle([first, *(_clone(first) for _ in range(copies - 1))])
+    once = {}
+    for name, function in functions.items():
+        function(*next(turns))
+        once[name] = seconds_of(function, [next(turns)], case.device)
+    calls = max(1, min(20, math.ceil(1e-3 / min(once.values()))))
+    rounds = int(effort.seconds / (calls * sum(once.values())))
+    rounds = max(3, min(effort.rounds, rounds))
+    return interleaved(functions, rounds, 1, lambda: next(turns), device=case.device, calls=calls)
+
+
+def _copies(inputs: tuple, device: str) -> int:
+    """So many that together they are several times the last-level cache."""
+    rotation = CPU_ROTATION_BYTES
+    if torch.device(device).type == "cuda":
+        rotation = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    size = sum(t.nbytes for t in inputs if isinstance(t, Tensor))
+    return max(2, min(MAX_COPIES, math.ceil(rotation / size)))
+
+
+def _clone(value: Any) -> Any:
+    """Tensors cloned, also in a tuple or list; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(map(_clone, value)) if type(value) in (tuple, list) else value
+
+
+def _read(*inputs) -> None:
+    """Read every tensor once, as one stream of float32."""
+    for x in inputs:
+        if isinstance(x, Tensor):
+            x.as_strided((x.numel(),), (1,)).view(torch.float32).sum()

@@ -1,0 +1,210 @@
+"""The rivals in Triton, as a good user of it would write them; None where Triton is missing.
+
+They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if triton is not None:
+
+    @triton.jit
+    def _dot_of_rows(x, g, out, positions, BLOCK: tl.constexpr):
+        """One program for each row: x and g [rows, positions] to out [rows]."""
+        row = tl.program_id(0).to(tl.int64) * positions
+        total = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, positions, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            inside = at < positions
+            left = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+            right = tl.load(g + row + at, mask=inside, other=0.0).to(tl.float32)
+            total += left * right
+        tl.store(out + tl.program_id(0), tl.sum(total))
+
+    @triton.jit
+    def _dot_of_columns(x, g, out, positions, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """One program for a sample's block of channels: [N, positions, C] to out [N, C]."""
+        sample = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for begin in range(0, positions, ROWS):
+            row = begin + tl.arange(0, ROWS)
+            inside = (row < positions)[:, None] & (column < channels)[None, :]
+            at = (sample * positions + row)[:, None] * channels + column[None, :]
+            left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            right = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+            total += left * right
+        tl.store(out + sample * channels + column, tl.sum(total, 0), mask=column < channels)
+
+    @triton.jit
+    def _gram(S, a, sigma, samples, channels, TILE: tl.constexpr, DEPTH: tl.constexpr):
+        """One program for each tile of S [C, C] += a' diag(sigma) a, a [N, C]; no TF32."""
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for begin in range(0, samples, DEPTH):
+            sample = begin + tl.arange(0, DEPTH)
+            some = sample < samples
+            left = tl.load(
+                a + sample[None, :] * channels + row[:, None],
+                mask=some[None, :] & (row < channels)[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            right = tl.load(
+                a + sample[:, None] * channels + column[None, :],
+                mask=some[:, None] & (column < channels)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            weight = tl.load(sigma + sample, mask=some, other=0.0)
+            total += tl.dot(left * weight[None, :], right, input_precision="ieee")
+        at = S + row[:, None] * channels + column[None, :]
+        inside = (row < channels)[:, None] & (column < channels)[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+    @triton.jit
+    def _ssim(
+        x, mean, variance, out, samples, channels, positions,
+        of_sample, of_channel, of_position, samples_a_part,
+        C1: tl.constexpr, C2: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a tile of the sum [C, C] over a part of the samples; no TF32."""
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        part = tl.program_id(2)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        first = part * samples_a_part
+        maps = x + first.to(tl.int64) * of_sample
+        for sample in range(first, tl.minimum(samples, first + samples_a_part)):
+            product = tl.zeros((TILE, TILE), tl.float32)
+            for begin in range(0, positions, DEPTH):
+                at = begin + tl.arange(0, DEPTH)
+                left = tl.load(
+                    maps + row[:, None] * of_channel + at[None, :] * of_position,
+                    mask=(row < channels)[:, None] & (at < positions)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    maps + column[None, :] * of_channel + at[:, None] * of_position,
+                    mask=(column < channels)[None, :] & (at < positions)[:, None],
+                    other=0.0,
+                )
+                product += tl.dot(left, right, input_precision="ieee")
+            some = sample * channels
+            mean_i = tl.load(mean + some + row, mask=row < channels, other=0.0)[:, None]
+            mean_j = tl.load(mean + some + column, mask=column < channels, other=0.0)[None, :]
+            variance_i = tl.load(variance + some + row, mask=row < channels, other=0.0)[:, None]
+            variance_j = tl.load(variance + some + column, mask=column < channels, other=0.0)
+            covariance = product / positions - mean_i * mean_j
+            luminance = (2 * mean_i * mean_j + C1) / (mean_i * mean_i + mean_j * mean_j + C1)
+            total += luminance * (2 * covariance + C2) / (variance_i + variance_j[None, :] + C2)
+            maps += of_sample
+        at = (part.to(tl.int64) * channels + row[:, None]) * channels + column[None, :]
+        tl.store(out + at, total, mask=(row < channels)[:, None] & (column < channels)[None, :])
+
+    @triton.jit
+    def _moments(
+        x, out, samples, channels, positions, of_sample, of_channel, of_position,
+        parts, samples_a_part, WIDE: tl.constexpr, LONG: tl.constexpr,
+    ):  # fmt: skip
+        """One program for WIDE channels of a part of the samples: out [5, parts, C]."""
+        channel = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+        part = tl.program_id(1)
+        total = tl.zeros((WIDE, LONG), tl.float32)
+        square = tl.zeros((WIDE, LONG), tl.float32)
+        zeros = tl.zeros((WIDE, LONG), tl.float32)
+        low = tl.full((WIDE, LONG), float("inf"), tl.float32)
+        high = tl.full((WIDE, LONG), float("-inf"), tl.float32)
+        first = part * samples_a_part
+        maps = x + first.to(tl.int64) * of_sample
+        for _ in range(first, tl.minimum(samples, first + samples_a_part)):
+            for begin in range(0, positions, LONG):
+                at = begin + tl.arange(0, LONG)
+                inside = (channel < channels)[:, None] & (at < positions)[None, :]
+                place = channel[:, None] * of_channel + at[None, :] * of_position
+                value = tl.load(maps + place, mask=inside, other=0.0).to(tl.float32)
+                total += value
+                square += value * value
+                zeros += tl.where(inside & (value == 0), 1.0, 0.0)
+                low = tl.minimum(low, tl.where(inside, value, float("inf")))
+                high = tl.maximum(high, tl.where(inside, value, float("-inf")))
+            maps += of_sample
+        at = out + part * channels + channel
+        of_moment = parts * channels
+        tl.store(at, tl.sum(total, 1), mask=channel < channels)
+        tl.store(at + of_moment, tl.sum(square, 1), mask=channel < channels)
+        tl.store(at + 2 * of_moment, tl.sum(zeros, 1), mask=channel < channels)
+        tl.store(at + 3 * of_moment, tl.min(low, 1), mask=channel < channels)
+        tl.store(at + 4 * of_moment, tl.max(high, 1), mask=channel < channels)
+
+
+PROGRAMS = 512  # enough to fill a GPU several times
+
+
+def channel_dot(x: Tensor, g: Tensor) -> Tensor:
+    """``(x * g).sum((2, 3))`` of NCHW or channels-last tensors [N, C, H, W], as float32."""
+    n, c, h, w = x.shape
+    out = torch.empty(n, c, device=x.device)
+    if x.is_contiguous():
+        block = min(1024, triton.next_power_of_2(h * w))
+        _dot_of_rows[(n * c,)](x, g, out, h * w, BLOCK=block, num_warps=max(1, block // 256))
+    else:
+        columns = min(64, triton.next_power_of_2(c))
+        grid = (n, triton.cdiv(c, columns))
+        _dot_of_columns[grid](x, g, out, h * w, c, ROWS=32, COLUMNS=columns)
+    return out
+
+
+def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    """``S += a' diag(sigma) a`` for S [C, C] float32, a [N, C], sigma [N]."""
+    n, c = a.shape
+    tile = 32 if c <= 512 else 64
+    grid = (triton.cdiv(c, tile), triton.cdiv(c, tile))
+    _gram[grid](S, a, sigma, n, c, TILE=tile, DEPTH=32)
+    return S
+
+
+def map_similarity(x: Tensor) -> Tensor:
+    """The mean over the samples of the SSIM between maps, [N, C, H, W] to [C, C]."""
+    n, c, h, w = x.shape
+    mean = x.mean((2, 3), dtype=torch.float32)
+    variance = x.float().square().mean((2, 3)) - mean.square()
+    tile = min(64, max(16, triton.next_power_of_2(c)))
+    tiles = triton.cdiv(c, tile)
+    parts = max(1, min(n, PROGRAMS // tiles**2))
+    samples_a_part = triton.cdiv(n, parts)
+    parts = triton.cdiv(n, samples_a_part)
+    out = torch.empty(parts, c, c, device=x.device)
+    of_sample, of_channel, _, of_position = x.stride()
+    _ssim[(tiles, tiles, parts)](
+        x, mean, variance, out, n, c, h * w, of_sample, of_channel, of_position,
+        samples_a_part, C1=0.01**2, C2=0.03**2, TILE=tile, DEPTH=32,
+    )  # fmt: skip
+    return out.sum(0) / n
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, ...]:
+    """Per channel of [N, C, H, W]: the sum, the sum of squares, zeros, least and largest value."""
+    n, c, h, w = x.shape
+    of_sample, of_channel, _, of_position = x.stride()
+    wide, long = (1, 1024) if of_position == 1 else (min(64, triton.next_power_of_2(c)), 32)
+    blocks = triton.cdiv(c, wide)
+    samples_a_part = triton.cdiv(n, max(1, min(n, 4 * PROGRAMS // blocks)))
+    parts = triton.cdiv(n, samples_a_part)
+    out = torch.empty(5, parts, c, device=x.device)
+    _moments[(blocks, parts)](
+        x, out, n, c, h * w, of_sample, of_channel, of_position, parts, samples_a_part,
+        WIDE=wide, LONG=long,
+    )  # fmt: skip
+    return *out[:3].sum(1), out[3].amin(0), out[4].amax(0)

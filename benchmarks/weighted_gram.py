@@ -1,0 +1,69 @@
+"""weighted_gram_ beside matrix products in float32 (cuBLAS on a GPU), without TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import networks, triton_kernels
+from benchmarks.operation import Candidate, Case, Operation, Work
+from ccp_ext import ops, reference
+
+
+class WeightedGram(Operation):
+    """One group's update: S [C, C] and a [N, C], just written and so in the cache."""
+
+    name = "weighted_gram_"
+    layouts = ("NCHW",)
+    of_maps = False
+    cold = False
+
+    def sizes(self, network: str, batch: int) -> Iterator[dict]:
+        for width in dict.fromkeys(c for c, _, _ in networks.feature_maps(network)):
+            yield {"shape": (batch, width)}
+
+    def inputs(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        n, c = case.shape
+        S = torch.zeros(c, c, device=case.device)
+        return S, case.random(), torch.rand(n, device=case.device)
+
+    def candidates(self, case: Case) -> dict[str, Candidate]:
+        return {
+            "ours": ops.weighted_gram_,
+            "eager": _addition,
+            "addmm": _addmm,
+            "einsum": _einsum,
+            "triton": triton_kernels.weighted_gram_,
+        }
+
+    def reference(self, S: Tensor, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        total, magnitude = (
+            reference.weighted_gram(a, sigma),
+            reference.weighted_gram(a.abs(), sigma),
+        )
+        return S.double() + total, S.double().abs() + magnitude
+
+    def work(self, case: Case) -> Work:
+        n, c = case.shape
+        triangle = c * (c + 1) // 2
+        size = case.elements * case.dtype.itemsize + 4 * n
+        return Work(size + 4 * (triangle + c * c), 2 * n * triangle)
+
+
+def _addition(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    a = a.float()
+    S += (a * sigma[:, None]).T @ a
+    return S
+
+
+def _addmm(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    a = a.float()
+    return S.addmm_((a * sigma[:, None]).T, a)
+
+
+def _einsum(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    a = a.float()
+    S += torch.einsum("n,nc,nd->cd", sigma, a, a)
+    return S

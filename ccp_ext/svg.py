@@ -1,0 +1,223 @@
+"""Charts as SVG text for pages: no library, no script, colours from the page's style sheet.
+
+A mark's colour and shape both come from one number, so that charts can be read without colours;
+``currentColor`` and the classes follow the page into the dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = 8
+_TOP = 14
+# Of the lines' plot: the place of its left, right and bottom sides, and the height of the chart.
+_LEFT, _RIGHT, _BOTTOM, _HEIGHT = 56, 530, 354, 400
+_STRIP = 460  # the width of a row behind its name
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart.
+
+    Attributes:
+        points: (x, y, spread of y or None), in increasing x.
+        style: colour and shape of the marks, 0 or more.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float, float | None]]
+    style: int = 0
+
+
+def lines(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    level: tuple[str, float] | None,
+) -> str:
+    """Lines with error bars, and a level across the chart with its name."""
+    points = [point for line in series for point in line.points]
+    heights = [y + side * (spread or 0) for _, y, spread in points for side in (-1, 1)]
+    if level is not None:
+        heights.append(level[1])
+    across = _Scale(_padded([x for x, _, _ in points]), _LEFT, _RIGHT)
+    up = _Scale(_padded(heights), _BOTTOM, _TOP)
+    parts = [_axes(across, up, x_label, y_label)]
+    if level is not None:
+        y = up(level[1])
+        parts.append(
+            f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(level[0])}</text>'
+        )
+    # A few pixels aside, so that the error bars of equal budgets do not hide one another.
+    aside = [3.0 * (k - (len(series) - 1) / 2) for k in range(len(series))]
+    parts += [_line(line, across, up, dx) for line, dx in zip(series, aside, strict=True)]
+    x = _RIGHT + 16
+    for k, line in enumerate(series):
+        y = _TOP + 6 + 18 * k
+        name = f'<text x="{x + 12}" y="{y + 4}">{escape(line.name)}</text>'
+        parts.append(f"<g {_style(line.style)}>{_mark(line.style, x, y)}</g>{name}")
+    width = x + 12 + _room(line.name for line in series)
+    return _svg(title, width, max(_HEIGHT, _TOP + 6 + 18 * len(series)), parts)
+
+
+def ranges(title: str, x_label: str, rows: Sequence[tuple[str, float, float]], first: float) -> str:
+    """One line a row (name, value, spread) under a common axis that begins at ``first``."""
+    step, left = 24, _room(name for name, _, _ in rows) + 20
+    right, bottom = left + _STRIP, _TOP + step * len(rows)
+    highest = max(value + spread for _, value, spread in rows)
+    across = _Scale((first, highest), left, right)
+    parts = [
+        f'<line class="grid" x1="{across(t):.1f}" x2="{across(t):.1f}" y1="{_TOP}" y2="{bottom}"/>'
+        f'<text class="middle" x="{across(t):.1f}" y="{bottom + 16}">{_number(t)}</text>'
+        for t in _ticks(across.low, across.high)
+    ]
+    for k, (name, value, spread) in enumerate(rows):
+        y, low = _TOP + step * (k + 0.5), max(first, value - spread)
+        parts.append(
+            f'<text class="end" x="{left - 14}" y="{y + 4}">{escape(name)}</text>'
+            f'<g {_style(0)}><line x1="{across(low):.1f}" x2="{across(value + spread):.1f}" '
+            f'y1="{y}" y2="{y}"/>{_mark(0, across(value), y)}</g>'
+        )
+    x = (left + right) / 2
+    parts.append(f'<text class="middle" x="{x}" y="{bottom + 36}">{escape(x_label)}</text>')
+    return _svg(title, right + 20, bottom + 44, parts)
+
+
+def strips(title: str, rows: Sequence[tuple[str, int, Iterable[int]]]) -> str:
+    """One strip a row (name, channels, those kept): tall bars stay, low ones go."""
+    step, left = 18, _room(name for name, _, _ in rows) + 16
+    cell = min(10.0, _STRIP / max(channels for _, channels, _ in rows))
+    parts = []
+    for k, (name, channels, kept) in enumerate(rows):
+        y, kept = _TOP + step * k, set(kept)
+        tall = "".join(_bar(left + cell * i, y, cell, 12) for i in sorted(kept))
+        low = "".join(
+            _bar(left + cell * i, y + 9, cell, 3) for i in range(channels) if i not in kept
+        )
+        parts.append(
+            f'<text class="end" x="{left - 10}" y="{y + 11}">{escape(name)}</text>'
+            f'<path class="kept" d="{tall}"/><path class="gone" d="{low}"/>'
+            f'<text x="{left + cell * channels + 8:.1f}" y="{y + 11}">{len(kept)}/{channels}</text>'
+        )
+    return _svg(title, left + _STRIP + 70, _TOP + step * len(rows) + 6, parts)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps values to places along an axis."""
+
+    values: tuple[float, float]
+    start: float
+    end: float
+
+    @property
+    def low(self) -> float:
+        return self.values[0]
+
+    @property
+    def high(self) -> float:
+        return self.values[1]
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / ((self.high - self.low) or 1)
+        return self.start + share * (self.end - self.start)
+
+
+def _room(names: Iterable[str]) -> int:
+    """Width enough for the longest name."""
+    return 7 * max(map(len, names))
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers inside, about five of them."""
+    rough = (high - low) / 5 or 1.0
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
+    parts = []
+    for t in _ticks(up.low, up.high):
+        y = f"{up(t):.1f}"
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text class="end" x="{_LEFT - 8}" y="{up(t) + 4:.1f}">{_number(t)}</text>'
+        )
+    for t in _ticks(across.low, across.high):
+        x = f"{across(t):.1f}"
+        parts.append(
+            f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_BOTTOM}"/>'
+            f'<text class="middle" x="{x}" y="{_BOTTOM + 17}">{_number(t)}</text>'
+        )
+    middle = (_TOP + _BOTTOM) / 2
+    parts.append(
+        f'<text class="middle" x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 8}">'
+        f"{escape(x_label)}</text>"
+        f'<text class="middle" transform="translate(14 {middle}) rotate(-90)">{escape(y_label)}'
+        "</text>"
+    )
+    return "".join(parts)
+
+
+def _line(line: Series, across: _Scale, up: _Scale, aside: float) -> str:
+    places = [(across(x) + aside, up(y), y, spread) for x, y, spread in line.points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
+    bars = "".join(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up(value - spread):.1f}" '
+        f'y2="{up(value + spread):.1f}"/>'
+        for x, _, value, spread in places
+        if spread
+    )
+    marks = "".join(
+        f"<g><title>{escape(line.name)}: {value:.2f}"
+        f"{'' if spread is None else f' ± {spread:.2f}'}</title>{_mark(line.style, x, y)}</g>"
+        for x, y, value, spread in places
+    )
+    return f'<g {_style(line.style)}><polyline points="{path}"/>{bars}{marks}</g>'
+
+
+def _style(k: int) -> str:
+    return f'class="series c{k % COLOURS}"'
+
+
+def _mark(k: int, x: float, y: float) -> str:
+    """Circle, square, triangle, diamond in turn; hollow from the second round of colours on."""
+    hollow = ' class="hollow"' if k // COLOURS % 2 else ""
+    shape = (k + k // COLOURS) % 4
+    if shape == 0:
+        return f'<circle{hollow} cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+    offsets = {
+        1: ((-4, -4), (4, -4), (4, 4), (-4, 4)),
+        2: ((0, -5.5), (5, 4), (-5, 4)),
+        3: ((0, -6), (6, 0), (0, 6), (-6, 0)),
+    }[shape]
+    corners = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in offsets)
+    return f'<polygon{hollow} points="{corners}"/>'
+
+
+def _bar(x: float, y: float, width: float, height: float) -> str:
+    return f"M{x:.2f} {y}h{0.82 * width:.2f}v{height}h-{0.82 * width:.2f}z"
+
+
+def _number(value: float) -> str:
+    return f"{value:.10g}"
+
+
+def _svg(title: str, width: int, height: float, parts: Iterable[str]) -> str:
+    return (
+        f'<svg role="img" viewBox="0 0 {width} {height:.0f}" style="max-width:{width}px">'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+    )

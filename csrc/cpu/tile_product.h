@@ -1,0 +1,42 @@
+// Products of two panels, [depth][kPanel] each, held in registers kTileRows rows at a time.
+// Included once per instruction set, hence no include guard.
+namespace ccp::cpu::CCP_ISA {
+
+template <class Acc>
+struct NativeVector;
+template <>
+struct NativeVector<float> {
+  typedef float type __attribute__((vector_size(CCP_VECTOR_BYTES)));
+};
+template <>
+struct NativeVector<double> {
+  typedef double type __attribute__((vector_size(CCP_VECTOR_BYTES)));
+};
+
+constexpr int kTileRows = CCP_VECTOR_BYTES == 64 ? 8 : 4;  // 2 * kTileRows registers accumulate
+template <class Acc>
+constexpr int kPanel = 2 * CCP_VECTOR_BYTES / sizeof(Acc);
+
+template <class Acc>
+int panel_width() {
+  return kPanel<Acc>;
+}
+
+// tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows.
+template <class Acc>
+inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const Acc* right,
+                                                         int64_t depth, Acc* tile) {
+  using Vector = typename NativeVector<Acc>::type;
+  Vector acc[kTileRows][2] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector column[2];
+    __builtin_memcpy(column, right + d * kPanel<Acc>, sizeof column);
+    for (int r = 0; r < kTileRows; ++r) {
+      acc[r][0] += left[d * kPanel<Acc> + r] * column[0];
+      acc[r][1] += left[d * kPanel<Acc> + r] * column[1];
+    }
+  }
+  __builtin_memcpy(tile, acc, sizeof acc);
+}
+
+}  // namespace ccp::cpu::CCP_ISA

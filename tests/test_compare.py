@@ -1,0 +1,317 @@
+"""Comparisons: equal cost, shared statistics, resumption, several processes, tables and ranks."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+
+from ccp_ext import cli, criteria, datasets, models, pipeline
+from ccp_ext.checkpoints import load_model
+from ccp_ext.compare import Arm, CompareSettings, compare
+from ccp_ext.errors import InputError
+from ccp_ext.evaluation import evaluate
+from ccp_ext.finetune import FinetuneConfig
+from ccp_ext.summary import rank, summarise, tables
+
+
+def settings(inputs, **changes) -> CompareSettings:
+    options = {
+        "criteria": ("ccp", "l1"),
+        "macs": (0.7, 0.5),
+        "seeds": (0, 1),
+        "images": 48,
+        "batch_size": 32,
+        "repair_images": 48,
+        **changes,
+    }
+    return CompareSettings(
+        "resnet8", str(inputs / "weights.th"), str(inputs / "data.npz"), **options
+    )
+
+
+def silent(line: str) -> None:
+    """Takes the place of print; picklable."""
+
+
+def run(wanted: CompareSettings, output, **options):
+    return compare(wanted, output, progress=False, say=silent, **options)
+
+
+def results(rows):
+    """The rows without what a clock or a memory counter said."""
+    return [{k: v for k, v in row.items() if not k.endswith(("seconds", "MiB"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A comparison that nobody interrupted: (folder, result)."""
+    output = tmp_path_factory.mktemp("whole") / "comparison"
+    wanted = settings(inputs, repair=("none", "batchnorm"))
+    return output, run(wanted, output)
+
+
+def test_each_row_is_the_model_that_ccp_prune_makes_with_its_seed(inputs, whole, tmp_path):
+    _, result = whole
+    assert len(result["rows"]) == 3 * 2 * 2 * 2  # the random control was added
+    for criterion in ("ccp", "random"):
+        prune = pipeline.PruneSettings(
+            model="resnet8",
+            weights=str(inputs / "weights.th"),
+            data=str(inputs / "data.npz"),
+            macs=0.5,
+            criterion=criterion,
+            options=criteria.Options(seed=1),
+            images=48,
+            batch_size=32,
+            repair_images=48,
+            seed=1,
+        )
+        folder = tmp_path / criterion
+        stages = pipeline.run(prune, folder, progress=False, say=silent)["stages"]
+        for stage, repair in ((stages[1], "none"), (stages[2], "batchnorm")):
+            wanted = {"criterion": criterion, "budget": 0.5, "repair": repair, "seed": 1}
+            (row,) = [r for r in result["rows"] if wanted.items() <= r.items()]
+            assert row["all accuracy"] == pytest.approx(stage["accuracy %"])
+            assert row["all loss"] == pytest.approx(stage["loss"])
+            assert (row["MACs"], row["parameters"]) == (stage["MACs"], stage["parameters"])
+
+
+def test_the_halves_are_those_of_the_official_order(inputs, whole):
+    plain = whole[1]["plain"]
+    test = datasets.load(inputs / "data.npz", "test")
+    model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
+    for name, part in (("selection", range(20)), ("report", range(20, 40)), ("all", range(40))):
+        expected = evaluate(model, test.subset(part), progress=False)
+        assert plain[f"{name} accuracy"] == pytest.approx(expected.accuracy)
+        assert plain[f"{name} loss"] == pytest.approx(expected.loss)
+
+
+def test_rows_of_one_budget_cost_the_same_unless_an_arm_allocates_for_itself(
+    inputs, whole, tmp_path
+):
+    for budget in (0.7, 0.5):
+        rows = [row for row in whole[1]["rows"] if row["budget"] == budget]
+        assert len({(row["MACs"], row["parameters"]) for row in rows}) == 1
+        assert rows[0]["MACs kept"] <= budget
+    wanted = settings(
+        inputs, criteria=("l1", "l1:allocation=optimal"), macs=(), params=(0.5,), seeds=(0,)
+    )
+    uniform, own = run(wanted, tmp_path / "own")["rows"][:2]
+    assert own["objective"] < uniform["objective"]
+    assert max(own["parameters kept"], uniform["parameters kept"]) <= 0.5
+
+
+def test_statistics_are_gathered_once_for_all_that_can_share_them(inputs, tmp_path, monkeypatch):
+    gathered = []
+    original = criteria.gather
+
+    def counted(model, graph, criterion, *arguments, **options):
+        gathered.append((criterion.name, criterion.options.seed))
+        return original(model, graph, criterion, *arguments, **options)
+
+    monkeypatch.setattr(criteria, "gather", counted)
+    wanted = settings(inputs, criteria=("taylor", "ccp", "fisher", "ccp:diagonal"))
+    run(wanted, tmp_path / "run")
+    once = [("taylor", 0), ("ccp", 0), ("random", 0), ("taylor", 1), ("ccp", 1), ("random", 1)]
+    assert gathered == once
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_rows(inputs, whole, tmp_path):
+    output, done = tmp_path / "broken", []
+
+    def interrupting(line):
+        done.append(line)
+        if len(done) == 9:
+            raise KeyboardInterrupt
+
+    wanted = settings(inputs, repair=("none", "batchnorm"))
+    with pytest.raises(KeyboardInterrupt):
+        compare(wanted, output, progress=False, say=interrupting)
+    assert not (output / "comparison.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (output / "rows").iterdir()}
+    assert len(kept) == 9
+    result = run(wanted, output)
+    assert results(result["rows"]) == results(whole[1]["rows"])
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_two_processes_make_the_rows_of_one_and_the_failure_of_one_leaves_the_others(
+    inputs, whole, tmp_path
+):
+    wanted = settings(inputs, repair=("none", "batchnorm"))
+    output = tmp_path / "run"
+    with pytest.raises(InputError, match="device 'cuda:99' cannot be used"):
+        run(wanted, output, devices=("cpu", "cuda:99"))
+    assert len(list((output / "rows").iterdir())) == 12
+    result = run(wanted, output, devices=("cpu", "cpu"))
+    for one, two in zip(results(whole[1]["rows"]), results(result["rows"]), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            same = two[name] == value if isinstance(value, str) else math.isclose(two[name], value)
+            assert same, name
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu(cuda, inputs, tmp_path):
+    rows = run(settings(inputs, seeds=(0,)), tmp_path / "run", devices=(cuda, cuda))["rows"]
+    assert len(rows) == 6
+    assert all("GPU" in row["memory"] and row["statistics MiB"] > 0 for row in rows)
+
+
+def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
+    wanted = settings(
+        inputs,
+        macs=(0.5,),
+        seeds=(3,),
+        repair=("fold+refit+batchnorm", "batchnorm", "batchnorm+finetune"),
+        finetune=FinetuneConfig(epochs=1, batch_size=32),
+    )
+    rows = run(wanted, tmp_path / "run")["rows"]
+    losses = {row["repair"]: row["all loss"] for row in rows if row["criterion"] == "ccp"}
+    assert len(set(losses.values())) == 3
+    assert not list((tmp_path / "run" / "rows").glob("*.pt"))
+
+
+def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
+    output, _ = whole
+    wanted = settings(inputs, repair=("none", "batchnorm"))
+    with pytest.raises(InputError, match="holds a run with images=48, not 64"):
+        run(dataclasses.replace(wanted, images=64), output)
+    damaged = tmp_path / "run"
+    small = settings(inputs, seeds=(0,), criteria=("random",))
+    run(small, damaged)
+    file = next((damaged / "rows").iterdir())
+    for content in ("{", "{}", "[]"):
+        file.write_text(content)
+        with pytest.raises(InputError, match=re.escape(file.name)):
+            run(small, damaged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"macs": ()}, "exactly one kind"),
+        ({"params": (0.5,)}, "exactly one kind"),
+        ({"seeds": ()}, "seeds must hold one value or more"),
+        ({"seeds": (0, 0)}, "seeds holds a value twice"),
+        ({"seeds": (-1,)}, "seeds must be at least 0, got -1"),
+        ({"criteria": ("l1", "l1")}, "criteria holds a value twice"),
+        ({"criteria": ("magic",)}, "criterion must be one of"),
+        ({"criteria": ("ccp:colour=red",)}, "'colour'; an option must be one of site, "),
+        ({"criteria": ("ccp:seed=1",)}, "'seed'; an option must be one of"),
+        ({"criteria": ("ccp:diagonal=maybe",)}, "sets diagonal, which takes bool"),
+        ({"criteria": ("ccp:temperature",)}, "sets temperature, which takes float"),
+        ({"criteria": ("ccp:curvature=red",)}, "curvature"),
+        ({"criteria": ("ccp:allocation=best",)}, "allocation must be one of uniform, optimal"),
+        ({"allocation": "best"}, "allocation must be one of uniform, optimal"),
+        ({"repair": ("glue",)}, "repair must be none, or steps of fold, refit"),
+        ({"repair": ("batchnorm+refit",)}, "in this order"),
+        ({"repair": ("finetune",)}, "needs a schedule"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"macs": (0.5, 1.5)}, "1.5"),
+        ({"macs": (0.001,)}, "0.001"),
+        ({"criteria": ("ccp:rows=0",)}, "rows must be a positive integer, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(changes, message, inputs, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run(settings(inputs, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_arm_is_a_criterion_with_options():
+    arm = Arm.parse("ccp:curvature=sampled:temperature=4:diagonal:allocation=optimal")
+    assert arm.options == criteria.Options(curvature="sampled", temperature=4, diagonal=True)
+    assert (arm.criterion, arm.allocation) == ("ccp", "optimal")
+    assert arm.with_seed(5).options.seed == 5
+
+
+def row(criterion: str, seed: int, accuracy: float, **changes):
+    first = {"criterion": criterion, "kind": "macs", "budget": 0.5, "repair": "none", "seed": seed}
+    return {**first, "report accuracy": accuracy, "device": "cpu", **changes}
+
+
+def test_the_best_and_those_within_its_spread_are_marked():
+    rows = [
+        *(row("good", s, a) for s, a in enumerate((90.0, 92.0, 91.0))),
+        *(row("near", s, a) for s, a in enumerate((89.0, 90.5, 91.0))),
+        *(row("steady", s, 89.0) for s in range(3)),
+        row("good", 0, 10.0, budget=0.3),
+        row("near", 0, 20.0, budget=0.3),
+    ]
+    found = summarise(rows)
+    assert [(e["criterion"], e["budget"], e["mark"]) for e in found] == [
+        ("good", 0.5, "best"),
+        ("near", 0.5, "close"),
+        ("steady", 0.5, ""),
+        ("near", 0.3, "best"),
+        ("good", 0.3, ""),
+    ]
+    assert found[0]["report accuracy"] == 91 and found[0]["report accuracy spread"] == 1
+    assert found[0]["seeds"] == 3 and found[3]["report accuracy spread"] is None
+
+
+def test_ranks_are_taken_within_budget_repair_and_seed():
+    rows = [
+        *(row(name, 0, a) for name, a in (("a", 90.0), ("b", 80.0), ("c", 80.0))),
+        *(row(name, 1, a) for name, a in (("a", 50.0), ("b", 60.0), ("c", 40.0))),
+    ]
+    found = rank(rows)
+    assert [entry["criterion"] for entry in found] == ["a", "b", "c"]
+    assert [entry["mean rank"] for entry in found] == [1.5, 1.75, 2.75]
+    assert [entry["best rank"] for entry in found] == [1.0, 1.0, 2.5]
+    assert [entry["worst rank"] for entry in found] == [2.0, 2.5, 3.0]
+    assert found[0]["spread"] == pytest.approx(math.sqrt(0.5))
+    assert rank(rows[:3])[0]["spread"] is None
+
+
+def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = [
+        "compare",
+        "--quiet",
+        *("--model", "resnet8"),
+        *("--weights", inputs / "weights.th"),
+        *("--data", inputs / "data.npz"),
+        *("--criteria", "ccp,l1"),
+        *("--macs", "0.7,0.5"),
+        *("--seeds", "0,1"),
+        *("--repair", "none,refit+batchnorm"),
+        *("--images", 48, "--repair-images", 48),
+        *("--output", output),
+        *("--device", "cpu"),
+    ]
+    command = [str(word) for word in command]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((output / "comparison.json").read_text())
+    with open(output / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result["rows"]) == 24
+    assert float(rows[3]["report loss"]) == result["rows"][3]["report loss"]
+    markdown = (output / "comparison.md").read_text()
+    for title, lines in tables(result):
+        assert title in printed and title in markdown and len(lines) == 3
+        assert all(line["report %"] in printed for line in lines)
+    assert os.fspath(output / "report.html") in printed
+    assert cli.main([*command, "--device", "tpu"]) == 2
+    assert "device must be auto or one of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--seeds", "0;1"])
+    assert "must be values joined by commas, got '0;1'" in capsys.readouterr().err
+
+
+def test_the_seconds_and_the_memory_are_of_each_part(whole):
+    for found in whole[1]["rows"]:
+        assert found["repair seconds"] > 0 or found["repair"] == "none"
+        assert found["choice seconds"] > 0 and found["memory"].startswith("peak of the process")
+    ccp = [found for found in whole[1]["rows"] if found["criterion"] == "ccp"]
+    assert len({found["statistics seconds"] for found in ccp if found["seed"] == 0}) == 1
+    assert torch.tensor([found["statistics seconds"] for found in ccp]).min() > 0

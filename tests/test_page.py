@@ -1,0 +1,322 @@
+"""The HTML page of a run and of a comparison: complete, self-contained, and right in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from ccp_ext import cli, models, page, snapshot, svg, trace
+from ccp_ext.cost import Cost
+from ccp_ext.datasets import ImageSet
+from ccp_ext.errors import InputError
+from ccp_ext.plan import PruningPlan
+from ccp_ext.statistics import collect
+
+VOID = {"meta", "img", "br", "circle", "line", "polyline", "polygon", "path"}
+
+
+def command(name, inputs, output, *options):
+    paths = ("--weights", inputs / "weights.th", "--data", inputs / "data.npz", "--output", output)
+    words = (name, "--quiet", "--model", "resnet8", *paths, "--images", 48, *options)
+    return [str(word) for word in (*words, "--repair-images", 48, "--device", "cpu")]
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory):
+    """The folder of `ccp prune` with its page."""
+    output = tmp_path_factory.mktemp("page") / "run"
+    assert cli.main(command("prune", inputs, output, "--macs", 0.5, "--epochs", 2)) == 0
+    assert cli.main(["report", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def comparison(inputs, tmp_path_factory):
+    """The folder of `ccp compare`, which writes its page."""
+    output = tmp_path_factory.mktemp("page") / "comparison"
+    arms = "ccp,ccp:curvature=sampled:temperature=4:diagonal"
+    options = ("--criteria", arms, "--macs", "0.7,0.5", "--seeds", "0,1", "--repair", "none")
+    assert cli.main(command("compare", inputs, output, *options)) == 0
+    return output
+
+
+@pytest.fixture(params=["run", "comparison"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+class Outline(HTMLParser):
+    """Checks that tags are closed in order, and collects them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def text(self, tag):
+        return [data for parent, data in self.texts if parent == tag]
+
+
+def test_the_page_stands_alone_and_can_be_read_aloud(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    outline = Outline(text)
+    for tag in ("script", "link", "iframe", "object"):
+        assert not outline.all(tag)
+    for _, attributes in outline.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in text and "@import" not in text
+    assert outline.all("html") == [{"lang": "en"}] and len(outline.all("h1")) == 1
+    assert all(image["alt"] for image in outline.all("img"))
+    assert len(outline.all("table")) == len(outline.all("caption")) > 0
+    assert all(head.get("scope") in ("col", "row") for head in outline.all("th"))
+    charts = outline.all("svg")
+    assert charts and all(chart["role"] == "img" for chart in charts)
+    assert len(outline.text("title")) >= 1 + len(charts)
+
+
+def test_the_page_of_a_run_shows_its_stages_channels_matrices_and_maps(run):
+    outline = Outline((run / "report.html").read_text(encoding="utf-8"))
+    report = json.loads((run / "report.json").read_text())
+    cells = outline.text("td") + outline.text("th")
+    for stage in report["stages"]:
+        assert stage["stage"] in cells and f"{stage['accuracy %']:.2f}" in cells
+    plan = PruningPlan.load(run / "plan.json")
+    for name, group in plan.groups.items():
+        assert name in cells and f"{len(group.kept)}/{group.channels}" in outline.text("text")
+    kinds = [image["class"] for image in outline.all("img")]
+    assert kinds.count("matrix") == len(plan.groups) == 3
+    assert kinds.count("map") >= 1 + 2 * 3
+
+
+def test_the_page_of_a_comparison_shows_its_tables_and_charts(comparison):
+    outline = Outline((comparison / "report.html").read_text(encoding="utf-8"))
+    result = json.loads((comparison / "comparison.json").read_text())
+    cells = outline.text("td")
+    for entry in result["summary"]:
+        shown = f"{entry['report accuracy']:.2f} ± {entry['report accuracy spread']:.2f}"
+        assert shown in cells
+        mark = f"{entry['criterion']}: {shown}"
+        assert mark in outline.text("title")
+    assert cells.count("best") == 2
+
+
+def test_a_criterion_without_pairwise_terms_has_a_page_too(inputs, tmp_path):
+    output = tmp_path / "run"
+    options = ("--macs", 0.5, "--criterion", "l1")
+    assert cli.main(command("prune", inputs, output, *options)) == 0
+    assert page.write(output, tmp_path / "page.html") == tmp_path / "page.html"
+    assert "scores each channel by itself" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not (output / "report.html").exists()
+
+
+def test_a_folder_without_a_run_or_with_a_damaged_one_is_refused(run, tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    damages = {
+        "report.json": ["{", "[]", '{"settings": {}, "stages": []}'],
+        "snapshot.safetensors": ["text"],
+        "plan.json": ["{}"],
+    }
+    for name, contents in damages.items():
+        for content in contents:
+            copied = tmp_path / "run"
+            shutil.copytree(run, copied)
+            (copied / name).write_text(content)
+            with pytest.raises(InputError, match=re.escape(name)):
+                page.write(copied)
+            shutil.rmtree(copied)
+    shutil.copytree(run, copied)
+    (copied / "snapshot.safetensors").unlink()
+    with pytest.raises(InputError, match="snapshot.safetensors"):
+        page.write(copied)
+
+
+# --- its parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (4, 3, 3)])
+def test_images_are_what_another_reader_reads(shape):
+    image = pytest.importorskip("PIL.Image", reason="pillow is the independent reader")
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    read = np.asarray(image.open(io.BytesIO(page._png(pixels))))
+    assert np.array_equal(read, pixels.squeeze(-1) if shape[-1] == 1 else pixels)
+
+
+def test_s_hat_is_that_of_the_statistics():
+    model = models.create("resnet8").eval()
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    graph = trace(model, x[:1]).inner
+    with collect(model, graph, curvature="empirical", first_order=True) as stats:
+        stats.backward(model(x), y)
+    for name in stats:
+        cost = stats[name].cost(first_order=True)
+        expected = stats[name].s_hat().numpy()
+        np.testing.assert_allclose(page.s_hat(cost.S, cost.u), expected, rtol=1e-6)
+
+
+def test_the_most_similar_maps_are_found_and_blank_ones_left_out():
+    torch.manual_seed(0)
+    maps = torch.randn(12, 8, 8)
+    maps[3], maps[7] = 0, 0  # equal but blank
+    maps[9] = maps[2]
+    maps[5] = maps[1] + 0.1 * maps[0]
+    (i, j, value), second, *others = page._most_similar(maps)
+    assert (i, j) == (2, 9) and value == pytest.approx(1)
+    assert second[:2] == (1, 5) and second[2] < 1
+    channels = [c for pair in others for c in pair[:2]] + [2, 9, 1, 5]
+    assert len(set(channels)) == len(channels) and not {3, 7} & set(channels)
+    assert page._most_similar(torch.zeros(4, 3, 3)) == []
+
+
+def test_wide_matrices_are_averaged_in_blocks():
+    wide = np.kron(np.arange(9.0).reshape(3, 3), np.ones((200, 200)))[:500, :500]
+    assert page._shrunk(wide).shape == (250, 250)
+    np.testing.assert_array_equal(
+        page._shrunk(wide)[[0, 120, 249]][:, [0, 120, 249]], [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    )
+    np.testing.assert_array_equal(page._shrunk(wide[:256, :256]), wide[:256, :256])
+
+
+def test_a_snapshot_comes_back_and_holds_the_maps_of_the_gates(tmp_path):
+    torch.manual_seed(0)
+    model = models.create("resnet8").eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
+    images = ImageSet(pixels, labels, (0.5,) * 3, (0.2,) * 3, 10, "noise")
+    x = images.normalise(images.images[:1])
+    graph = trace(model, x).inner
+    costs = {g.name: Cost(torch.eye(g.channels), torch.ones(g.channels)) for g in graph.groups}
+    taken = snapshot.take(model, graph, costs, images)
+    taken.save(tmp_path / "s.safetensors")
+    read = snapshot.Snapshot.load(tmp_path / "s.safetensors")
+    for group in graph.groups:  # ResNet-8 has three
+        seen = []
+        reader = model.get_submodule(group.consumers[0].module)
+        hook = reader.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+        with torch.no_grad():
+            model(x)
+        hook.remove()
+        cost = costs[group.name]
+        assert torch.equal(read.maps[group.name], seen[0][0])
+        assert torch.equal(read.S[group.name], cost.S) and torch.equal(read.u[group.name], cost.u)
+    assert torch.equal(read.image, images.images[0])
+
+
+def test_charts_hold_all_their_points_inside():
+    series = [
+        svg.Series("one", [(10.0, 1.0, None)]),
+        svg.Series("<two>", [(10.0, 1.0, 0.0), (20.0, 3.0, 0.5)], style=9),
+    ]
+    text = svg.lines("title", "x", "y", series, ("level", 4.0))
+    assert "&lt;two&gt;" in text and "<two>" not in text
+    outline = Outline(text)
+    for mark in outline.all("circle"):
+        assert 0 < float(mark["cx"]) < 640 and 0 < float(mark["cy"]) < 400
+    assert len(outline.all("circle")) + len(outline.all("polygon")) == 3 + 2  # and the legend
+    assert svg.lines("title", "x", "y", series[:1], None)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (0.31, 0.69, [0.4, 0.5, 0.6]), (-3, 3, [-2, 0, 2])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert svg._ticks(low, high) == pytest.approx(expected)
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const rest = document.documentElement, style = getComputedStyle(document.body);
+  const seen = (e) => { const b = e.getBoundingClientRect(); return b.width > 20 && b.height > 5; };
+  const inside = (t) => {
+    const a = t.getBoundingClientRect(), b = t.closest("svg").getBoundingClientRect();
+    return a.left >= b.left - 1 && a.right <= b.right + 1 && a.bottom <= b.bottom + 1;
+  };
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const result = {
+    requests: performance.getEntriesByType("resource").filter((r) => !r.name.startsWith("data:"))
+      .length,
+    overflow: rest.scrollWidth - rest.clientWidth,
+    pictures: all("img").every((i) => i.complete && i.naturalWidth > 0),
+    charts: all("svg").every(seen),
+    labels: all("svg text").filter((t) => !inside(t)).map((t) => t.textContent),
+    colours: [style.color, style.backgroundColor],
+    best: all("tr.best td").every((c) => getComputedStyle(c).fontWeight === "700"),
+  };
+  document.body.replaceChildren(JSON.stringify(result));
+});
+</script>
+"""
+
+
+def browse(folder, tmp_path, width, dark):
+    """What a browser makes of the page, by a script that is added to a copy of it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser: install chromium to look at the page in one")
+    copied = tmp_path / "page.html"
+    copied.write_text((folder / "report.html").read_text(encoding="utf-8") + PROBE, "utf-8")
+    finished = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",  # refused to the superuser otherwise
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--dump-dom",
+            copied.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    body = finished.stdout.partition("<body>")[2].partition("</body>")[0]
+    return json.loads(body)
+
+
+def brightness(colour):
+    return sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / (3 * 255)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(500, True), (1300, False)])
+def test_a_browser_shows_the_whole_page(folder, width, dark, tmp_path):
+    seen = browse(folder, tmp_path, width, dark)
+    assert seen["requests"] == 0 and seen["overflow"] <= 0
+    assert seen["pictures"] and seen["charts"] and seen["best"]
+    assert seen["labels"] == []
+    ink, paper = map(brightness, seen["colours"])
+    assert (ink > 0.8 and paper < 0.2) if dark else (ink < 0.2 and paper > 0.8)
