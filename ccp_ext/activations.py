@@ -222,24 +222,6 @@ def patch_gram(layer: nn.Module, x: Tensor) -> Tensor:
     return total
 
 
-def patch_cross(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The sum over samples and output positions of p y', with p the :func:`patches`.
-
-    Args:
-        y: ``[N, K, *positions]`` at the layer's output, or ``[N, ..., K]`` of a linear layer.
-
-    Returns:
-        float64 ``[F, K]``, precise as in :func:`patch_gram`.
-    """
-    channel = 1 if isinstance(layer, CONVOLUTIONS) else -1
-    y = y.movedim(channel, -1).reshape(len(y), -1, y.shape[channel])
-    total = x.new_zeros((), dtype=torch.float64)
-    for samples in sample_blocks(layer, x):
-        rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
-        total = total + (rows.T @ y[samples].flatten(0, 1).to(rows)).double()
-    return total
-
-
 def sample_blocks(layer: nn.Module, x: Tensor) -> Iterator[slice]:
     """Slices of the samples of a layer's input, few enough that their patches fit in memory."""
     step = max(1, _PATCH_VALUES // (x[0].numel() * math.prod(layer.weight.shape[2:])))
