@@ -60,4 +60,4 @@ def test_positions_are_drawn_without_repeats():
     assert draw_positions(9, generator, 9, device) is None
     drawn = draw_positions(5, generator, 9, device)
     assert len(set(drawn.tolist())) == 5 and torch.equal(drawn, drawn.sort().values)
-    assert 0 <= drawn.min() and drawn.max() < 9
+    assert drawn.min() >= 0 and drawn.max() < 9
