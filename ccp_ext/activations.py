@@ -177,20 +177,22 @@ def read_at(
 # --- what a layer computes from patches ----------------------------------------------------------
 
 
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
+def patches(layer: nn.Module, x: Tensor, at: Tensor | None = None) -> Tensor:
     """What each output position of a convolution or linear layer reads of its input.
 
     Args:
         layer: convolution (not grouped) or linear layer, with weight ``[O, I, *kernel]``.
         x: its input, ``[N, I, *positions]``, or ``[N, ..., I]`` of a linear layer; or some of the
             input's channels.
+        at: int64 ``[P]``, output positions as in the flattened output; all by default.
 
     Returns:
         ``[N, P, F]`` with F = I * (size of the kernel), in the order of ``weight.flatten(1)``: the
         output at a position is the product of a row with the weight, plus the bias.
     """
     if not isinstance(layer, CONVOLUTIONS):
-        return x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return x if at is None else x[:, at]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     for k, size in enumerate(layer.kernel_size):
@@ -198,8 +200,10 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
         window = x.unfold(2 + k, dilation * (size - 1) + 1, layer.stride[k])
         x = window[..., ::dilation]
     dims = len(layer.kernel_size)
-    x = x.movedim(1, 1 + dims).flatten(1, dims)  # [N, P, I, *kernel]
-    return x.flatten(2)
+    if at is None:
+        return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)  # [N, P, I, *kernel] flattened
+    x = x.movedim(1, 1 + dims)
+    return x[:, *torch.unravel_index(at, x.shape[1 : 1 + dims])].flatten(2)
 
 
 def patch_gram(layer: nn.Module, x: Tensor) -> Tensor:
@@ -212,31 +216,14 @@ def patch_gram(layer: nn.Module, x: Tensor) -> Tensor:
         float64 ``[F, F]``. Products are formed in float32, or float64 for float64 inputs.
     """
     total = x.new_zeros((), dtype=torch.float64)
-    for samples in _sample_blocks(layer, x):
+    for samples in sample_blocks(layer, x):
         rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
         total = total + (rows.T @ rows).double()
     return total
 
 
-def patch_cross(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The sum over samples and output positions of p y', with p the :func:`patches`.
-
-    Args:
-        y: ``[N, K, *positions]`` at the layer's output, or ``[N, ..., K]`` of a linear layer.
-
-    Returns:
-        float64 ``[F, K]``, precise as in :func:`patch_gram`.
-    """
-    channel = 1 if isinstance(layer, CONVOLUTIONS) else -1
-    y = y.movedim(channel, -1).reshape(len(y), -1, y.shape[channel])
-    total = x.new_zeros((), dtype=torch.float64)
-    for samples in _sample_blocks(layer, x):
-        rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
-        total = total + (rows.T @ y[samples].flatten(0, 1).to(rows)).double()
-    return total
-
-
-def _sample_blocks(layer: nn.Module, x: Tensor) -> Iterator[slice]:
+def sample_blocks(layer: nn.Module, x: Tensor) -> Iterator[slice]:
+    """Slices of the samples of a layer's input, few enough that their patches fit in memory."""
     step = max(1, _PATCH_VALUES // (x[0].numel() * math.prod(layer.weight.shape[2:])))
     return (slice(first, first + step) for first in range(0, len(x), step))
 

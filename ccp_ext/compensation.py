@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ccp_ext.activations import Reader, input_tap, patch_cross, patch_gram, read_at
-from ccp_ext.cutting import fingerprint
+from ccp_ext.activations import input_tap, read_at
+from ccp_ext.cutting import CONVOLUTIONS, Cut, fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
-from ccp_ext.graph import Tap
+from ccp_ext.graph import Tap, addends
+from ccp_ext.least_squares import Regression, draw_positions
+from ccp_ext.passes import Tapped, Walk, tapped
+
+LAYERS = ("cut", "cut+classifier", "all")
 
 
 def reestimate_batchnorm(
@@ -99,7 +103,7 @@ def fold_means(
     Raises:
         InputError: ``slim`` is not a pruned ``model``.
     """
-    layers = [layer for layer in _cut_layers(model, slim, images) if layer.takes_constant]
+    layers = [layer for layer in _layers(model, slim, images) if layer.cut and layer.takes_constant]
     means = _lost_means(model, layers, images, batch_size, progress)
     for layer in layers:
         layer.set_constant(means[layer.path])
@@ -111,12 +115,15 @@ def refit(
     slim: nn.Module,
     images: ImageSet,
     *,
+    layers: str = "cut+classifier",
+    residual: bool = True,
     ridge: float = 1e-3,
-    together: int = 1,
-    batch_size: int = 128,
+    positions: int | None = 128,
+    seed: int = 0,
+    batch_size: int = 500,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Solve each layer of ``slim`` behind a cut anew, so that it gives the plain model's outputs.
+    """Solve layers of ``slim`` anew, so that they give the plain model's outputs again.
 
     Layer by layer in the order of the forward pass: the inputs are those that the slim model
     computes with the layers already refitted, the targets are the plain model's outputs of this
@@ -126,45 +133,69 @@ def refit(
 
     with lambda = ``ridge`` times the mean diagonal of XX'. The constant b goes where
     :func:`fold_means` puts it; that BatchNorm gets the plain model's statistics apart from the
-    shift. Every pass over the images ends at the layer that it is for. Sums are kept in float64.
+    shift. Sums are kept in float64.
+
+    Both models run over the images once: the passes halt at each layer until it is solved (see
+    :mod:`ccp_ext.passes`). So the activations of all images at one depth, of both models, lie in
+    memory together; a layer that runs several times, or whose output is added to one computed
+    after it, costs one more pass through the layers before it.
 
     Args:
         model: the plain model.
         slim: the pruned one, from :func:`ccp_ext.prune`; changed in place.
         images: training images.
+        layers: "cut": those that lost inputs; "cut+classifier": and the last one, which reads what
+            has changed; "all": every one from the first cut on. Grouped convolutions never.
+        residual: where the output of a layer is added to another tensor, as to a block's shortcut,
+            make up for the error of that tensor too: the target is what makes the sum the plain
+            model's (see :func:`ccp_ext.graph.addends`).
         ridge: weight of the old values, at least 0.
-        together: layers that share a pass, at least 1. They do not see each other's refit: fewer
-            passes, but errors add up again within them.
+        positions: output positions of each image that count, drawn for each layer and batch;
+            neighbours tell almost the same. None for all.
+        seed: of the positions.
 
     Returns:
-        By layer, the share of its outputs' variance that the refit leaves unexplained.
+        By layer, the share of its targets' variance that the refit leaves unexplained.
 
     Raises:
         InputError: ``slim`` is not a pruned ``model``, or an option is out of range.
     """
+    if layers not in LAYERS:
+        raise InputError(f"refit: layers must be one of {', '.join(LAYERS)}; got {layers!r}")
     if not ridge >= 0:
         raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
-    if together < 1:
-        raise InputError(f"refit: together must be an integer of 1 or more, got {together!r}")
-    layers = _cut_layers(model, slim, images)
+    if positions is not None and positions < 1:
+        raise InputError(f"refit: positions must be 1 or more, or None, got {positions!r}")
+    chosen = _choose(_layers(model, slim, images), layers)
+    if residual and chosen:
+        others = addends(model, _example(model, images.normalise(images.images[:1])))
+        for layer in chosen:
+            layer.addend = others.get(layer.path)
+    draw = partial(draw_positions, positions, torch.Generator().manual_seed(seed))
     unexplained: dict[str, float] = {}
-    bar = tqdm(range(0, len(layers), together), "refit", disable=not progress, leave=False)
-    for first in bar:
-        some = layers[first : first + together]
-        regressions = _regressions(model, slim, some, images, batch_size)
-        for layer, sums in zip(some, regressions, strict=True):
+    with _two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
+        batches = [
+            stack.enter_context(contextlib.closing(_Batch(*models, chosen, x, draw)))
+            for x, _ in images.batches(batch_size)
+        ]
+        for layer in tqdm(chosen, "refit", disable=not progress, leave=False):
+            sums = Regression()
+            for batch in batches:
+                for x, target, at in batch.samples(layer):
+                    sums.add(layer.slim, x, target, at)
             unexplained[layer.path] = _fit(layer, sums, ridge)
     return unexplained
 
 
 @dataclasses.dataclass
-class _CutLayer:
-    """A convolution or linear layer that lost inputs.
+class _Layer:
+    """A convolution or linear layer in both models.
 
     Attributes:
-        plain, slim: the layer in both models.
         outputs, inputs: what stays of the plain one's.
+        cut: whether it lost inputs.
         norms: by path the BatchNorm layers, in both models, that read the output.
+        addend: where to read what the output is added to.
         calls: in one forward pass.
     """
 
@@ -173,8 +204,10 @@ class _CutLayer:
     slim: nn.Module
     outputs: Tensor
     inputs: Tensor
+    cut: bool
     calls: int = 0
     norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
+    addend: Tap | None = None
 
     @property
     def takes_constant(self) -> bool:
@@ -191,16 +224,30 @@ class _CutLayer:
 
     def set_constant(self, constant: Tensor, *, with_bias: bool = False) -> None:
         """Let the layer add ``constant`` [O]; ``with_bias``: the plain bias is in it already."""
+        shift: Tensor | float = constant
         if self.slim.bias is not None:
             own = 0.0 if with_bias else self.plain.bias.detach()[self.outputs]
             self.slim.bias.data.copy_(own + constant)
-            return
+            shift = 0.0
         for plain, slim in self.norms.values():
-            slim.running_mean.copy_(plain.running_mean[self.outputs] - constant)
+            slim.running_mean.copy_(plain.running_mean[self.outputs] - shift)
             slim.running_var.copy_(plain.running_var[self.outputs])
 
+    def before_norm(self, addend: Tensor) -> Tensor:
+        """What the layer must give ``[..., O]`` so that its BatchNorm, if any, gives the addend.
 
-def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_CutLayer]:
+        Zero where the BatchNorm's factor is: nothing that the layer does changes that channel.
+        """
+        for plain, _ in self.norms.values():
+            factor = (plain.running_var + plain.eps).rsqrt()
+            if plain.weight is not None:
+                factor = factor * plain.weight.detach()
+            factor = factor[self.outputs]
+            addend = torch.where(factor == 0, 0.0, addend / factor)
+        return addend
+
+
+def _layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Layer]:
     """In the order of the forward pass; found by running the slim model on one image."""
     plan = getattr(slim, "ccp_plan", None)
     if plan is None or plan.fingerprint != fingerprint(model):
@@ -213,16 +260,19 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     modules, plain_modules = dict(slim.named_modules()), dict(model.named_modules())
     device = place(slim, None)
     layers = {}
-    for path, cut in plan.modules.items():
-        if cut.inputs is not None:
-            plain = plain_modules[path]
-            outputs = cut.out or range(len(plain.weight))
-            index = (torch.tensor(list(p), device=device) for p in (outputs, cut.inputs))
-            layers[path] = _CutLayer(path, plain, modules[path], *index)
-    order: list[_CutLayer] = []
-    made: dict[int, tuple[_CutLayer, Tensor]] = {}  # the tensors stay alive, so ids are unique
+    for path, module in modules.items():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and getattr(module, "groups", 1) == 1:
+            plain, cut = plain_modules[path], plan.modules.get(path, Cut())
+            outputs, inputs = map(range, plain.weight.shape[:2])
+            index = (
+                torch.tensor(list(p), device=device)
+                for p in (cut.out or outputs, cut.inputs or inputs)
+            )
+            layers[path] = _Layer(path, plain, module, *index, cut=cut.inputs is not None)
+    order: list[_Layer] = []
+    made: dict[int, tuple[_Layer, Tensor]] = {}  # the tensors stay alive, so ids are unique
 
-    def leave(layer: _CutLayer, output: Tensor) -> None:
+    def leave(layer: _Layer, output: Tensor) -> None:
         layer.calls += 1
         made[id(output)] = layer, output
         if layer.calls == 1:
@@ -243,13 +293,23 @@ def _cut_layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Cu
     return order
 
 
+def _choose(order: list[_Layer], layers: str) -> list[_Layer]:
+    cuts = [k for k, layer in enumerate(order) if layer.cut]
+    if not cuts:
+        return []
+    if layers == "all":
+        return order[cuts[0] :]
+    last = [len(order) - 1] if layers == "cut+classifier" else []
+    return [order[k] for k in sorted({*cuts, *last})]
+
+
 def _lost_means(
-    model: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int, progress: bool
+    model: nn.Module, layers: list[_Layer], images: ImageSet, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
     """The mean, float64 ``[O]``, of what each layer's removed inputs contribute in ``model``."""
     sums = {layer.path: [0.0, 0] for layer in layers}
 
-    def add(layer: _CutLayer, x: Tensor) -> None:
+    def add(layer: _Layer, x: Tensor) -> None:
         lost = layer.lost(x).transpose(0, 1).flatten(1)
         sums[layer.path][0] += lost.sum(1, dtype=torch.float64)
         sums[layer.path][1] += lost.shape[1]
@@ -266,34 +326,7 @@ def _lost_means(
     return {path: total / count for path, (total, count) in sums.items()}
 
 
-def _regressions(
-    model: nn.Module, slim: nn.Module, layers: list[_CutLayer], images: ImageSet, batch_size: int
-) -> list[_Regression]:
-    """Of each layer, the sums over the images of its slim inputs and plain outputs."""
-    sums = [_Regression() for _ in layers]
-    targets: list[list[Tensor]] = [[] for _ in layers]  # of the calls in one pass
-
-    def keep(k: int, output: Tensor) -> None:
-        layer = layers[k]
-        channel = input_tap(layer.plain, layer.path).channel_dim
-        targets[k].append(output.index_select(channel, layer.outputs))
-
-    def add(k: int, x: Tensor) -> None:
-        sums[k].add(layers[k].slim, x, targets[k].pop(0))
-
-    calls = sum(layer.calls for layer in layers)
-    outputs = [(Tap(layer.path), partial(keep, k)) for k, layer in enumerate(layers)]
-    inputs = [
-        (input_tap(layer.slim, layer.path), partial(add, k)) for k, layer in enumerate(layers)
-    ]
-    with _read(model, outputs, calls) as run_plain, _read(slim, inputs, calls) as run_slim:
-        for x, _ in images.batches(batch_size):
-            run_plain(x)
-            run_slim(x)
-    return sums
-
-
-def _fit(layer: _CutLayer, sums: _Regression, ridge: float) -> float:
+def _fit(layer: _Layer, sums: Regression, ridge: float) -> float:
     """Give the layer its new weight and constant; returns the share of variance not explained."""
     old = layer.slim.weight.detach().flatten(1).double()
     weight, constant, unexplained = sums.solve(old, ridge, layer.takes_constant)
@@ -303,79 +336,94 @@ def _fit(layer: _CutLayer, sums: _Regression, ridge: float) -> float:
     return unexplained
 
 
-class _Regression:
-    """Sums, in float64, for the least squares of a layer's outputs y on its input patches x."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.x = self.y = self.xx = self.xy = self.yy = 0.0
-
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        """y: the wanted output of the layer for the input x."""
-        channel = input_tap(layer, "").channel_dim % y.dim()
-        ones = torch.ones_like(y.narrow(channel, 0, 1))
-        others = [d for d in range(y.dim()) if d != channel]
-        self.count += ones.numel()
-        self.x = self.x + patch_cross(layer, x, ones).squeeze(1)
-        self.y = self.y + y.sum(others, dtype=torch.float64)
-        self.xx = self.xx + patch_gram(layer, x)
-        self.xy = self.xy + patch_cross(layer, x, y)
-        self.yy = self.yy + y.square().sum(others, dtype=torch.float64)
-
-    def solve(self, old: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor, float]:
-        """Weight ``[O, F]``, constant ``[O]``, and the share of y's variance not explained."""
-        x, y = (self.x / self.count, self.y / self.count) if constant else (0 * self.x, 0 * self.y)
-        xx = self.xx - self.count * x.outer(x)
-        xy = self.xy - self.count * x.outer(y)
-        level = ridge * xx.diagonal().mean()
-        ridged = xx + level * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        weight = _solve(ridged, xy + level * old.T).T
-        variance = (self.yy - self.count * y.square()).sum()
-        left = variance - 2 * (weight * xy.T).sum() + ((weight @ xx) * weight).sum()
-        share = (left / variance).item() if variance > 0 else 0.0
-        return weight, y - weight @ x, max(0.0, share)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right`` for a semidefinite matrix; the least solution if it is singular."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots = factor.diagonal().square()
-    negligible = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
-    if not failed and pivots.min() > negligible:
-        return torch.cholesky_solve(right, factor)
-    solution = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsd").solution
-    return solution.to(matrix.device)
-
-
-class _Reached(Exception):
-    """All tensors were read; the rest of the forward pass is not needed."""
-
-
 @contextlib.contextmanager
-def _read(
-    model: nn.Module, readers: list[Reader], calls: int
-) -> Iterator[Callable[[Tensor], None]]:
-    """A function that runs the model on images until ``calls`` tensors were read."""
-    left = 0
+def _two_models(
+    model: nn.Module, slim: nn.Module, layers: list[_Layer]
+) -> Iterator[tuple[Tapped, Tapped]]:
+    """Both models in eval mode, with taps at what the layers need; keys are (kind, path)."""
+    added = {("addend", layer.path): layer.addend for layer in layers if layer.addend}
+    outputs = {("output", layer.path): Tap(layer.path) for layer in layers}
+    inputs = {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
+    with (
+        _evaluating(model),
+        _evaluating(slim),
+        tapped(model, outputs | added) as plain,
+        tapped(slim, inputs | added) as pruned,
+    ):
+        yield plain, pruned
 
-    def read(receive: Callable[[Tensor], None], tensor: Tensor) -> None:
-        nonlocal left
-        receive(tensor)
-        left -= 1
-        if not left:
-            raise _Reached
 
-    def run(x: Tensor) -> None:
-        nonlocal left
-        left = calls
-        with contextlib.suppress(_Reached):
-            model(_example(model, x))
+class _Batch:
+    """The passes of both models over one batch of images; they follow the order of the layers."""
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        for tap, receive in readers:
-            stack.callback(read_at(model, tap, partial(read, receive)).remove)
-        yield run
+    def __init__(
+        self,
+        model: Tapped,
+        slim: Tapped,
+        layers: list[_Layer],
+        x: Tensor,
+        draw: Callable[[int, torch.device], Tensor | None],
+    ) -> None:
+        self._slim, self._x, self._draw = slim, x, draw
+        self._left = {layer.path: layer for layer in layers}
+        self._drawn: dict[tuple[str, int], Tensor | None] = {}
+        self._plain_walk = Walk(model, _example(model.model, x), partial(self._keep, of_plain=True))
+        self._slim_walk = self._walk_slim()
+
+    def samples(self, layer: _Layer) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Inputs, targets ``[N, P, O]`` and output positions of each call of the layer."""
+        entry, output, addend = ((kind, layer.path) for kind in ("input", "output", "addend"))
+        plain, slim = self._plain_walk, self._slim_walk
+        plain.until(output, layer.calls)
+        slim.until(entry)
+        with contextlib.ExitStack() as stack:
+            if layer.calls > 1 or (layer.addend and addend not in slim.seen):
+                # What is needed comes only after the layer, at which the pass has to wait.
+                slim = stack.enter_context(contextlib.closing(self._walk_slim(copy=True)))
+                slim.until(entry, layer.calls)
+            targets = plain.seen[output]
+            if layer.addend:
+                plain.until(addend)
+                slim.until(addend)
+                ((target, at),) = targets
+                error = plain.seen[addend][0][0] - slim.seen[addend][0][0]
+                targets = [(target + layer.before_norm(error), at)]
+            for x, (target, at) in zip(slim.seen[entry], targets, strict=True):
+                yield x, target, at
+        del self._left[layer.path]
+        for walk in (self._plain_walk, self._slim_walk):
+            for key in (entry, output, addend):
+                walk.seen.pop(key, None)
+
+    def close(self) -> None:
+        self._plain_walk.close()
+        self._slim_walk.close()
+
+    def _walk_slim(self, copy: bool = False) -> Walk:
+        return Walk(self._slim, _example(self._slim.model, self._x), partial(self._keep, copy=copy))
+
+    def _keep(
+        self, key: tuple[str, str], tensor: Tensor, *, of_plain: bool = False, copy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None] | None:
+        """Of a tensor at a tap what is needed: inputs whole, of the others the positions drawn."""
+        kind, path = key
+        layer = self._left.get(path)
+        if layer is None:
+            return None
+        if kind == "input":
+            return tensor.clone() if copy else tensor
+        is_linear = isinstance(layer.slim, nn.Linear)
+        rows = (
+            tensor.reshape(len(tensor), -1, tensor.shape[-1]) if is_linear else tensor.flatten(2).mT
+        )
+        at = self._positions(path, rows.shape[1], rows.device)
+        rows = rows if at is None else rows[:, at]
+        return rows[..., layer.outputs] if of_plain else rows, at
+
+    def _positions(self, path: str, of: int, device: torch.device) -> Tensor | None:
+        if (path, of) not in self._drawn:
+            self._drawn[path, of] = self._draw(of, device)
+        return self._drawn[path, of]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -338,8 +340,10 @@ def test_a_refit_replaces_dependent_channels_exactly(behind, ridge):
         tensor[1] = tensor[0] - 2 * tensor[5]
         tensor[4] = 0.5 * tensor[2] + tensor[3]
     slim = pruned(model, {"0": [0, 2, 3, 5]})
+    if behind["norm"]:
+        slim[3].running_var *= 1.3  # as a re-estimation would; the targets are the plain model's
     assert distance(model, slim, data) > 1e-2
-    left = refit(model, slim, data, ridge=ridge, batch_size=20, progress=False)
+    left = refit(model, slim, data, layers="cut", ridge=ridge, batch_size=20, progress=False)
     assert list(left) == ["2"] and left["2"] < 1e-12
     assert distance(model, slim, data) < 1e-6
 
@@ -367,23 +371,6 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     assert list(left) == ["2", "6"]
 
 
-def test_layers_refitted_together_do_not_see_each_others_refit():
-    model, data = convolutions(bias=True, norm=False), image_set(100)
-    slim = pruned(model, {"0": [0, 2, 3], "2": [1, 2, 4]})
-    alone = copy.deepcopy(slim)
-    with torch.no_grad():
-        x = slim[:-1](data.normalise(data.images).double())
-    target = outputs(model, data)
-    refit(model, alone, data, ridge=0.0, progress=False)
-    refit(model, slim, data, ridge=0.0, together=2, batch_size=20, progress=False)
-    torch.testing.assert_close(slim[2].weight, alone[2].weight)
-    system = torch.cat([x, torch.ones(len(x), 1).double()], 1)
-    fitted = system @ torch.linalg.lstsq(system, target).solution
-    with torch.no_grad():
-        torch.testing.assert_close(slim[-1](x), fitted)
-        assert not torch.allclose(alone[-1](x), fitted)
-
-
 def test_a_refit_goes_through_a_residual_network_in_order():
     model = lively(ccp_ext.models.create("resnet8")).eval()
     data = image_set(24, 16)
@@ -400,6 +387,133 @@ def test_a_refit_goes_through_a_residual_network_in_order():
     again = ccp_ext.prune(copy.deepcopy(model), plan)
     refit(model, again, data, progress=False)
     assert_same_state(again, state(slim))
+
+
+class Sum(nn.Module):
+    """Two linear branches that are added, the second behind a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.u = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+        self.q, self.v = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1, bias=False)
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.u(self.p(x)) + self.norm(self.v(self.q(x)))
+
+
+def test_a_residual_refit_makes_up_for_the_error_of_what_is_added():
+    torch.manual_seed(0)
+    model, data = lively(Sum()).double().eval(), image_set()
+    # One channel of p cannot carry what u reads; the four of q still span the image.
+    plan = {"p": [2], "q": [0, 1, 2, 4]}
+    slim, blind = pruned(model, plan), pruned(model, plan)
+    refit(model, blind, data, residual=False, ridge=0.0, batch_size=20, progress=False)
+    assert distance(model, blind, data) > 0.05
+    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False)
+    assert left["u"] > 0.01 and left["v"] < 1e-12
+    assert distance(model, slim, data) < 1e-6
+
+
+def test_a_residual_refit_of_coupled_channels_compares_those_that_stay():
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.before_head(x))
+
+        def before_head(self, x):
+            x = self.stem(x)
+            return x + self.b(self.a(x))
+
+    torch.manual_seed(0)
+    model, data = Blocks().double().eval(), image_set()
+    # Whatever the linear layers lose, three channels of the stem carry the whole image.
+    slim = pruned(model, {"stem": [0, 2, 5], "a": [1, 2, 3, 4, 6]})
+    refit(model, slim, data, layers="cut", ridge=0.0, progress=False)
+    slim.stem.weight.data += 0.1  # an error in the shortcut, which b can take back
+    left = refit(model, slim, data, layers="cut", ridge=0.0, progress=False)
+    assert left["b"] < 1e-12
+    with torch.no_grad():
+        x = data.normalise(data.images).double()
+        torch.testing.assert_close(
+            slim.before_head(x), model.before_head(x)[:, [0, 2, 5]], rtol=0, atol=1e-6
+        )
+
+
+def test_the_classifier_is_refitted_on_the_plain_models_logits():
+    model, data = lively(ccp_ext.models.create("resnet8")).eval(), image_set(200, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16)).inner
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph))
+    cut = copy.deepcopy(slim)
+    assert "linear" not in refit(model, cut, data, layers="cut", progress=False)
+    left = refit(model, slim, data, progress=False)
+    assert list(left)[-1] == "linear"
+    seen = []
+    hook = slim.linear.register_forward_pre_hook(lambda layer, args: seen.append(args[0].double()))
+    outputs(slim, data)
+    hook.remove()
+    system = torch.cat([seen[0], torch.ones(200, 1)], 1)
+    target = outputs(model, data).double()
+    residual = target - system @ torch.linalg.lstsq(system, target).solution
+    # The ridge is small, so the error is nearly that of least squares without one.
+    assert (outputs(slim, data) - target).norm() < 1.02 * residual.norm()
+    assert distance(model, slim, data) < 0.95 * distance(model, cut, data)
+
+
+def test_all_layers_from_the_first_cut_on_can_be_refitted():
+    model, data = lively(ccp_ext.models.create("resnet8")).eval(), image_set(100, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16)).inner
+    plan = random_plan(graph.select_groups(["layer2.0.conv1"]))
+    slim = ccp_ext.prune(copy.deepcopy(model), plan)
+    left = refit(model, slim, data, layers="all", progress=False)
+    assert list(left) == ["layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2", "linear"]
+
+
+def test_a_refit_runs_the_models_over_each_image_once():
+    model, data = convolutions(bias=True, norm=True), image_set(48)
+    slim = pruned(model, {"0": [0, 2, 3], "2": [1, 2, 4]})
+    seen = {"plain": 0, "slim": 0}
+
+    def count(name, layer, args, output):
+        seen[name] += len(output)
+
+    for name, network in (("plain", model), ("slim", slim)):
+        network[0].register_forward_hook(partial(count, name))
+    refit(model, slim, data, residual=False, batch_size=20, progress=False)
+    assert seen == {"plain": 48, "slim": 48 + 1}  # one image shows the order of the layers
+
+
+def test_positions_are_drawn_by_the_seed_and_nearly_enough():
+    model, data = convolutions(bias=True, norm=False, padding=1), image_set(100)
+    fitted = {}
+    for positions, seed in ((None, 0), (12, 0), (12, 0), (12, 1)):
+        slim = pruned(model, {"0": [0, 2, 3]})
+        refit(model, slim, data, ridge=0.0, positions=positions, seed=seed, progress=False)
+        fitted.setdefault((positions, seed), []).append(slim)
+    first, again = fitted[12, 0]
+    assert_same_state(again, state(first))
+    assert not torch.equal(fitted[12, 1][0][2].weight, first[2].weight)
+    left = {k: distance(model[:3], slims[0][:3], data) for k, slims in fitted.items()}
+    assert all(left[None, 0] < left[12, seed] < 1.05 * left[None, 0] for seed in (0, 1))
+
+
+def test_an_error_inside_a_model_ends_a_refit_and_its_threads():
+    model, data = convolutions(bias=True, norm=False), image_set()
+    slim = pruned(model, {"0": [0, 2, 3]})
+    threads = threading.active_count()
+
+    def fail(layer, args, output):
+        if len(output) > 1:
+            raise ZeroDivisionError("of the model")
+
+    slim[1].register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="of the model"):
+        refit(model, slim, data, batch_size=20, progress=False)
+    assert threading.active_count() == threads
 
 
 def test_compensation_leaves_the_plain_model_and_all_flags_alone():
@@ -458,5 +572,7 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
             repair(plain, other, data, progress=False)
     with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
         refit(model, slim, data, ridge=-1)
-    with pytest.raises(InputError, match="together must be an integer of 1 or more, got 0"):
-        refit(model, slim, data, together=0)
+    with pytest.raises(InputError, match="positions must be 1 or more, or None, got 0"):
+        refit(model, slim, data, positions=0)
+    with pytest.raises(InputError, match="layers must be one of cut, .*; got 'some'"):
+        refit(model, slim, data, layers="some")

@@ -14,7 +14,7 @@ from test_criteria import costs_by, noise
 from torch import nn
 
 from ccp_ext import Cost, models, select, trace
-from ccp_ext.activations import map_views, observe, patch_cross, patch_gram, patches
+from ccp_ext.activations import map_views, observe, patch_gram, patches
 from ccp_ext.errors import InputError
 
 
@@ -127,22 +127,27 @@ def test_patches_of_other_layers(layer, shape):
     torch.testing.assert_close(y.flatten(0, 1), expected.movedim(channel, -1).reshape(-1, 5))
 
 
-def test_grams_and_products_of_patches_add_up_over_blocks_of_samples(monkeypatch):
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 5, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (2, 3, 7, 9)),
+        (nn.Conv1d(3, 5, 3, padding=1), (2, 3, 8)),
+        (nn.Linear(3, 5), (2, 8, 3)),
+    ],
+)
+def test_patches_at_some_positions(layer, shape):
+    x, at = torch.randn(shape), torch.tensor([1, 4, 5])
+    assert torch.equal(patches(layer, x, at), patches(layer, x)[:, at])
+
+
+def test_grams_of_patches_add_up_over_blocks_of_samples(monkeypatch):
     layer, x = nn.Conv2d(5, 3, 3, padding=1).double(), torch.randn(7, 5, 6, 6).double()
-    y = torch.randn(7, 4, 6, 6).double()
     rows = F.unfold(x, 3, padding=1).mT.flatten(0, 1)
-    targets = y.movedim(1, -1).flatten(0, 2)
     for values in (1 << 24, 2 * 36 * 45):  # all at once, two samples at a time
         monkeypatch.setattr("ccp_ext.activations._PATCH_VALUES", values)
         torch.testing.assert_close(patch_gram(layer, x), rows.T @ rows)
-        torch.testing.assert_close(patch_cross(layer, x, y), rows.T @ targets)
     some = F.unfold(x[:, [4, 1]], 3, padding=1).mT.flatten(0, 1)
     torch.testing.assert_close(patch_gram(layer, x[:, [4, 1]]), some.T @ some)
-
-
-def test_products_of_a_linear_layers_tokens():
-    layer, x, y = nn.Linear(4, 5), torch.randn(2, 6, 4).double(), torch.randn(2, 6, 3).double()
-    torch.testing.assert_close(patch_cross(layer, x, y), torch.einsum("nlf,nlk->fk", x, y))
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import nn
 
 from ccp_ext import criteria, models, trace
 from ccp_ext.criteria.reconstruction import lasso
-from ccp_ext.criteria.refitting import RefitProblem, greedy_order
+from ccp_ext.criteria.refitting import RefitProblem, greedy_path
 from ccp_ext.errors import InputError
 
 
@@ -171,7 +171,8 @@ def refitted(model, images, removed, ridge):
 def test_osscar_costs_are_those_after_a_least_squares_refit():
     model, graph, images = chain()
     cost = costs_by("osscar", model, graph, images, ridge=0.02)["0"]
-    for removed in ([2], [0, 5], [1, 2, 3, 4], range(6)):
+    greedy = cost.choose(3).removed.nonzero().flatten().tolist()
+    for removed in ([2], [0, 5], greedy, [1, 2, 3, 4], range(6)):
         expected = refitted(model, images, removed, 0.02)
         assert cost.objective(mask(6, removed)) == pytest.approx(expected, rel=1e-4)
     assert cost.objective(mask(6, [])) == 0
@@ -215,9 +216,10 @@ def test_costs_of_several_readers_add_up():
         rows = torch.randn(50, 8, generator=generator).double()
         W = torch.randn(outputs, 8, generator=generator).double()
         problems.append(RefitProblem(rows.T @ rows, W, 4, 0.01))
-    order = greedy_order(problems).tolist()
+    path = greedy_path(problems)
     removed = []
-    for channel in order:
+    for channel, loss in zip(path.order.tolist(), path.losses, strict=False):
+        assert float(loss) == pytest.approx(sum(p.loss(mask(4, removed)) for p in problems))
         left = [i for i in range(4) if i not in removed]
         best = min(left, key=lambda i: sum(p.loss(mask(4, [*removed, i])) for p in problems))
         assert channel == best
@@ -236,10 +238,82 @@ def test_dead_channels_cost_nothing():
     model, graph, images = chain()
     model[0].weight.data.zero_()
     model[0].bias.data.fill_(-1.0)
-    for name in ("thinet", "channel-pruning", "osscar", "refit"):
+    for name in ("thinet", "channel-pruning", "osscar", "refit", "refit-loss"):
         choice = costs_by(name, model, graph, images)["0"].choose(3)
         assert abs(choice.objective) < 1e-20 and int(choice.removed.sum()) == 3
 
 
+# --- in the metric of the logits -----------------------------------------------------------------
+
+
+def test_refit_loss_is_the_refit_error_in_the_metric_of_the_logits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 2), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(36, 3)).double()
+    graph, images = trace(model, torch.randn(1, 3, 4, 4).double()), noise(50, 4)
+    criterion = criteria.get("refit-loss", criteria.Options(ridge=0.0))
+    seen = criterion.observation(model, graph)
+    with seen:
+        for _ in range(400):  # so many draws of the signs
+            for x, y in images.batches(25):
+                seen.update(x.double(), y)
+    cost = criterion.costs(model, graph, seen)["0"]
+    with torch.no_grad():
+        x = model[:2](images.normalise(images.images).double())
+    rows = F.unfold(x, 2).mT.flatten(0, 1)
+    jacobian = model[4].weight.detach().view(3, 4, 9).transpose(0, 1).flatten(1)  # [O, logits P]
+    metric = jacobian @ jacobian.T / 9
+    weight = model[2].weight.detach().flatten(1)
+    for removed in ([1], [0, 4], [0, 2, 3, 5]):
+        gone = mask(6, removed).repeat_interleave(4)
+        kept = torch.cat([rows[:, ~gone], torch.ones(len(rows), 1).double()], 1)
+        lost = rows[:, gone] @ weight[:, gone].T
+        error = lost - kept @ torch.linalg.lstsq(kept, lost).solution
+        expected = 0.5 * float(((error @ metric) * error).sum()) / 50
+        assert cost.objective(mask(6, removed)) == pytest.approx(expected, rel=0.05)
+
+
+def test_refit_loss_compares_layers_by_what_they_do_to_the_logits():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    graph, images = trace(model, torch.randn(1, 3, 8, 8)), noise(40, 8)
+    before = costs_by("refit-loss", model, graph, images)
+    # Ten times larger outputs, divided out again: the next layer's error grows, the logits' not.
+    for tensor in (model[2].weight, model[2].bias):
+        tensor.data *= 10
+    model[4].weight.data /= 10
+    after = costs_by("refit-loss", model, graph, images)
+    outputs = costs_by("osscar", model, graph, images)
+    for name in before:
+        for r in range(1, before[name].channels):
+            a, b = before[name].choose(r), after[name].choose(r)
+            assert torch.equal(a.removed, b.removed)
+            assert b.objective == pytest.approx(a.objective, rel=1e-3)
+    assert outputs["0"].choose(3).objective > 20 * before["0"].choose(3).objective
+
+
+def test_refit_loss_frees_what_the_logits_do_not_see():
+    model, graph, images = chain()
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(36, 3))
+    model[4].weight.data.view(3, 4, 9)[:, 1:] = 0  # one channel of the last convolution counts
+    model[2].weight.data[0, :3] = 0  # and does not read the first three
+    graph = trace(model, torch.randn(1, 3, 8, 8))
+    cost = costs_by("refit-loss", model, graph, images)["0"]
+    assert torch.equal(cost.choose(3).removed, mask(6, [0, 1, 2]))
+    assert cost.choose(3).objective < 1e-9 * cost.choose(4).objective
+
+
+def test_refit_loss_is_repeatable_and_leaves_the_model_alone():
+    model = lively(models.create("resnet8")).train()
+    graph = trace(model, torch.randn(1, 3, 32, 32)).inner
+    images = noise(10, 32)
+    first, second = (costs_by("refit-loss", model, graph, images, seed=1) for _ in range(2))
+    for name, cost in first.items():
+        assert torch.equal(cost.u, second[name].u)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_the_family_is_registered():
-    assert {"thinet", "channel-pruning", "osscar", "refit"} <= set(criteria.names())
+    assert {"thinet", "channel-pruning", "osscar", "refit", "refit-loss"} <= set(criteria.names())

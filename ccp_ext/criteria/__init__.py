@@ -17,6 +17,7 @@ from ccp_ext.criteria import (  # noqa: F401  (they register)
     propagation,
     random,
     reconstruction,
+    sensitivity,
     similarity,
     taylor,
 )

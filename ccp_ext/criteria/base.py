@@ -28,7 +28,7 @@ class Options:
             "macs" or "none" (group-fisher).
         greedy: choose as the publication does instead of by the solver (qsfm).
         ridge: added to the Gram matrices, in units of their mean diagonal (osscar, refit,
-            gate-refit).
+            refit-loss, gate-refit).
         seed: of what the criterion draws at random.
     """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ccp_ext.activations import Activations, Reader, input_tap, patch_gram
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.base import Criterion, register
-from ccp_ext.criteria.refitting import RefitProblem, greedy_order
+from ccp_ext.criteria.refitting import GreedyPath, RefitProblem, greedy_path
 from ccp_ext.graph import Group
 
 _RIDGE = 1e-2
@@ -152,28 +153,23 @@ class Refit(_Reconstruction):
 
 def refitted_cost(problems: list[RefitProblem], nearest: Cost) -> SearchedCost:
     """The exact cost after a refit of all problems' layers, searched greedily."""
-    order = _once(partial(greedy_order, problems))
+
+    @functools.cache
+    def path() -> GreedyPath:
+        return greedy_path(problems)
 
     def search(r: int) -> Tensor:
         removed = torch.zeros(problems[0].channels, dtype=torch.bool)
-        removed[order()[:r]] = True
+        removed[path().order[:r]] = True
         return removed
 
     def loss(removed: Tensor) -> float:
+        r = int(removed.sum())
+        if removed.cpu()[path().order[:r]].all():  # known, and a curve asks for it for every r
+            return float(path().losses[r])
         return sum(problem.loss(removed) for problem in problems)
 
     return SearchedCost(nearest.S, nearest.u, search, loss)
-
-
-def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    found: list[Tensor] = []
-
-    def get() -> Tensor:
-        if not found:
-            found.append(compute())
-        return found[0]
-
-    return get
 
 
 def lasso(gram: Tensor, r: int) -> Tensor:

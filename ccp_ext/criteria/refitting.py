@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,28 +73,38 @@ class RefitProblem:
         return costs
 
 
-def greedy_order(problems: Sequence[RefitProblem]) -> Tensor:
-    """The channels in the order in which greedy removal, refitting after each, takes them.
+class GreedyPath(NamedTuple):
+    """What greedy removal takes, and what it costs.
+
+    Attributes:
+        order: int64 ``[C]`` on the CPU, channels in the order of their removal.
+        losses: float64 ``[C + 1]``, what removing the first 0, 1, ..., C of them costs.
+    """
+
+    order: Tensor
+    losses: Tensor
+
+
+def greedy_path(problems: Sequence[RefitProblem]) -> GreedyPath:
+    """Remove channel after channel, each time the one that costs least, with a refit after each.
 
     Args:
         problems: layers that read the same channels; their costs add up.
-
-    Returns:
-        int64 ``[C]`` on the CPU; the last one is what is left.
     """
     states = [_State(problem) for problem in problems]
     left = torch.ones(problems[0].channels, dtype=torch.bool)
-    order = []
+    order, losses = [], [0.0]
     for _ in range(len(left)):
         scores = sum(state.scores().cpu() for state in states)
         scores[~left] = torch.inf
         channel = int(scores.argmin())
         left[channel] = False
         order.append(channel)
+        losses.append(losses[-1] + float(scores[channel]))
         if left.any():
             for state in states:
                 state.remove(channel)
-    return torch.tensor(order)
+    return GreedyPath(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
 
 
 class _State:

@@ -2,12 +2,24 @@
 
 ``channels`` holds the data types, ``tracing`` makes a graph of a model, ``rules`` knows the
 operators, ``propagate`` keeps the positions of the channels, ``groups`` puts them together,
-``calls`` relates operators to modules, and ``probe`` runs the model on fake tensors.
+``calls`` relates operators to modules, ``probe`` runs the model on fake tensors, and ``addends``
+finds what the outputs of layers are added to.
 """
 
 from __future__ import annotations
 
+from ccp_ext.graph.addends import addends
 from ccp_ext.graph.channels import ChannelGraph, Fixed, Group, InputSpec, Layer, Slice, Tap
 from ccp_ext.graph.tracing import trace
 
-__all__ = ["ChannelGraph", "Fixed", "Group", "InputSpec", "Layer", "Slice", "Tap", "trace"]
+__all__ = [
+    "ChannelGraph",
+    "Fixed",
+    "Group",
+    "InputSpec",
+    "Layer",
+    "Slice",
+    "Tap",
+    "addends",
+    "trace",
+]

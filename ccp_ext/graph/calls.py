@@ -70,6 +70,20 @@ class Calls:
         entering = {n for node in call.nodes for n in node.all_input_nodes if n not in outside}
         return entering.pop() if len(entering) == 1 else None
 
+    def place(self, node: Node) -> tuple[str, str] | None:
+        """(path, "output" or "input") of a leaf module, called once, where the value can be read.
+
+        None if there is none.
+        """
+        call = self.only_call(node)
+        if call is not None and self.output(call) is node:
+            return call.path, "output"
+        for user in users(node):
+            call = self.only_call(user)
+            if call is not None and self.input(call) is node:
+                return call.path, "input"
+        return None
+
     def owners(self, tensor: Tensor | None) -> list[str]:
         """Paths of the modules that hold the parameter or buffer."""
         return self._owners.get(id(tensor), [])

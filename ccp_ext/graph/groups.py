@@ -167,16 +167,8 @@ class _Members:
         )
 
     def _tap(self, node: Node) -> Tap | None:
-        """The tensor as the output or the input of a leaf module that is called once."""
-        calls = self._state.calls
-        call = calls.only_call(node)
-        if call is not None and calls.output(call) is node:
-            return self._output_tap(node)
-        for user in users(node):
-            call = calls.only_call(user)
-            if call is not None and calls.input(call) is node:
-                return self._make_tap(call.path, "input", node)
-        return None
+        place = self._state.calls.place(node)
+        return None if place is None else self._make_tap(*place, node)
 
     def _output_tap(self, node: Node) -> Tap:
         return self._make_tap(self._state.calls.of(node).path, "output", node)

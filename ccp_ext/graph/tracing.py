@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,24 @@ def _refusing(model: nn.Module, action: str) -> Iterator[None]:
         ) from error
 
 
-def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
+class Program(NamedTuple):
+    """A model's operators in order, and the modules' calls that they belong to.
+
+    Attributes:
+        states: the parameter or buffer that a node stands for.
+    """
+
+    nodes: list[Node]
+    calls: Calls
+    states: dict[Node, Tensor]
+
+
+def exported(model: nn.Module, arguments: tuple[Tensor, ...]) -> Program:
+    """The model by torch.export; whoever reads a changed tensor reads the result of the change.
+
+    Raises:
+        InputError: the model cannot be exported.
+    """
     with _refusing(model, "traced by torch.export"), torch.enable_grad():
         program = torch.export.export(model, arguments)
     signature = program.graph_signature
@@ -92,7 +110,12 @@ def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
     inputs = set(signature.user_inputs)
     constants = {n for n in nodes if n.op == "placeholder" and n.name not in inputs}
     states = {node: tensors[node.name] for node in constants if node.name in tensors}
-    state = Propagation(Calls(model, nodes, constants), states)
+    return Program(nodes, Calls(model, nodes, constants), states)
+
+
+def _propagate(model: nn.Module, arguments: tuple[Tensor, ...]) -> Propagation:
+    nodes, calls, states = exported(model, arguments)
+    state = Propagation(calls, states)
     for node in nodes:
         _visit(state, node)
     _pin_tied_modules(state, model)
