@@ -48,9 +48,11 @@ def apply(
     Args:
         plain: the model before it was pruned; not needed for "batchnorm".
         images: training images.
+        batch_size: of "fold" and "batchnorm".
     """
-    if step == "batchnorm":
-        reestimate_batchnorm(slim, images.batches(batch_size), progress=progress)
+    if step == "refit":
+        refit(plain, slim, images, progress=progress)
+    elif step == "fold":
+        fold_means(plain, slim, images, batch_size=batch_size, progress=progress)
     else:
-        solve = fold_means if step == "fold" else refit
-        solve(plain, slim, images, batch_size=batch_size, progress=progress)
+        reestimate_batchnorm(slim, images.batches(batch_size), progress=progress)
