@@ -5,74 +5,13 @@
 // product of two panels.
 #include "csrc/cpu/tile_product.h"
 #include "csrc/cpu/vector.h"
+// After both of them.
+#include "csrc/cpu/transpose.h"
 
 namespace ccp::cpu::CCP_ISA {
 
-template <class Acc>
-using Native = typename NativeVector<Acc>::type;
-template <class Acc>
-constexpr int kSquare = CCP_VECTOR_BYTES / sizeof(Acc);
-
 // Positions summed before the sum joins the others, so that rounding errors stay small.
 constexpr int64_t kSumBlock = 128;
-
-template <class Acc>
-struct LaneIndex;
-template <>
-struct LaneIndex<float> {
-  typedef int32_t type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-template <>
-struct LaneIndex<double> {
-  typedef int64_t type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-
-// Exchanges the off-diagonal squares of side kStep between rows a and b, kStep apart.
-template <class Acc, int kStep, int... kLane>
-CCP_INLINE void exchange(Native<Acc>& a, Native<Acc>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int kCount = kSquare<Acc>;
-#ifdef __clang__
-  const Native<Acc> low =
-      __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kCount : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kCount : kLane + kStep)...);
-#else
-  using Index = typename LaneIndex<Acc>::type;
-  const Native<Acc> low =
-      __builtin_shuffle(a, b, Index{(kLane & kStep ? kLane - kStep + kCount : kLane)...});
-  b = __builtin_shuffle(a, b, Index{(kLane & kStep ? kLane + kCount : kLane + kStep)...});
-#endif
-  a = low;
-}
-
-template <class Acc, int kStep = 1>
-CCP_INLINE void transpose(Native<Acc> (&rows)[kSquare<Acc>]) {
-  if constexpr (kStep < kSquare<Acc>) {
-    for (int i = 0; i < kSquare<Acc>; ++i)
-      if ((i & kStep) == 0)
-        exchange<Acc, kStep>(rows[i], rows[i + kStep],
-                             std::make_integer_sequence<int, kSquare<Acc>>{});
-    transpose<Acc, 2 * kStep>(rows);
-  }
-}
-
-// to[p][c] = maps[c][p] for kLanes positions and kSquare maps, `channel_stride` apart.
-template <class T>
-CCP_INLINE void transpose_block(const T* maps, int64_t channel_stride, Accumulator<T>* to) {
-  using Acc = Accumulator<T>;
-  constexpr int kSide = kSquare<Acc>, kParts = kLanes<Acc> / kSide;
-  Native<Acc> rows[kParts][kSide];
-  for (int c = 0; c < kSide; ++c) {
-    const Vector<Acc> wide = load(maps + c * channel_stride);
-    for (int part = 0; part < kParts; ++part)
-      __builtin_memcpy(&rows[part][c], reinterpret_cast<const Acc*>(&wide) + part * kSide,
-                       sizeof(Native<Acc>));
-  }
-  for (int part = 0; part < kParts; ++part) {
-    transpose<Acc>(rows[part]);
-    for (int p = 0; p < kSide; ++p)
-      __builtin_memcpy(to + (part * kSide + p) * kPanel<Acc>, &rows[part][p], sizeof(Native<Acc>));
-  }
-}
 
 // to[p][c] = maps[c * channel_stride + p * position_stride] for `count` positions.
 template <class T>
