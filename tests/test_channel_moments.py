@@ -111,7 +111,8 @@ def test_no_channels_give_empty_moments(device: str) -> None:
 def test_moments_of_batches_merge(device: str) -> None:
     x = sparse(torch.randn(12, 5, 9, 9, device=device))
     whole, parts = ops.channel_moments(x), [ops.channel_moments(part) for part in x.split(5)]
-    torch.testing.assert_close(sum(part.sum for part in parts), whole.sum)
+    error = (sum(part.sum for part in parts) - whole.sum).abs()
+    assert (error <= 1e-7 * x.double().abs().sum((0, 2, 3))).all()
     assert torch.equal(sum(part.zeros for part in parts), whole.zeros)
     assert torch.equal(torch.stack([part.minimum for part in parts]).amin(0), whole.minimum)
     assert sum(part.count for part in parts) == whole.count == 12 * 81

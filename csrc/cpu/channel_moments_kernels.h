@@ -4,23 +4,31 @@
 
 namespace ccp::cpu::CCP_ISA {
 
+// Integers as wide as the accumulator's type, to count with.
 template <class Acc>
-struct CountOf;
-template <>
-struct CountOf<float> {
-  typedef int32_t type __attribute__((vector_size(64)));
+using CountElement = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
+template <class Acc>
+struct CountOf {
+  typedef CountElement<Acc> type __attribute__((vector_size(64)));
 };
-template <>
-struct CountOf<double> {
-  typedef int64_t type __attribute__((vector_size(64)));
-};
+
+// Lanes [first, first + kLanes<double>) of `lanes`, whose elements are of type Element.
+template <class Element, class Lanes>
+CCP_INLINE Vector<double> widen_lanes(const Lanes& lanes, int first) {
+  typedef Element Part __attribute__((vector_size(kLanes<double> * sizeof(Element))));
+  Part part;
+  __builtin_memcpy(&part, reinterpret_cast<const char*>(&lanes) + first * sizeof(Element),
+                   sizeof part);
+  return __builtin_convertvector(part, Vector<double>);
+}
 
 // The moments of each lane, of so few values that sums keep the accumulator's accuracy.
 template <class Acc>
 struct LaneMoments {
   using V = Vector<Acc>;
+  using Count = typename CountOf<Acc>::type;
   V sum{}, square_sum{};
-  typename CountOf<Acc>::type zeros{};
+  Count zeros{};
   V minimum = V{} + static_cast<Acc>(HUGE_VAL), maximum = V{} - static_cast<Acc>(HUGE_VAL);
 
   CCP_INLINE void add(V value) {
@@ -31,18 +39,50 @@ struct LaneMoments {
     maximum = value > maximum ? value : maximum;
   }
 
+  // Adds the lanes of `value` from `first` on; the others were added before.
+  CCP_INLINE void add_from(int first, V value) {
+    Count index;
+    for (int i = 0; i < kLanes<Acc>; ++i) index[i] = i;
+    const Count mask = index >= first;
+    const V counted = bit_cast<V>(bit_cast<Count>(value) & mask);
+    sum += counted;
+    square_sum += counted * counted;
+    zeros -= (value == 0) & mask;
+    minimum = value < minimum ? value : minimum;
+    maximum = value > maximum ? value : maximum;
+  }
+
+  CCP_INLINE Moments total() const {
+    Vector<double> sums{}, squares{}, counts{};
+    for (int i = 0; i < kLanes<Acc>; i += kLanes<double>) {
+      sums += widen_lanes<Acc>(sum, i);
+      squares += widen_lanes<Acc>(square_sum, i);
+      counts += widen_lanes<CountElement<Acc>>(zeros, i);
+    }
+    Acc least = minimum[0], greatest = maximum[0];
+    for (int i = 1; i < kLanes<Acc>; ++i) {
+      least = minimum[i] < least ? minimum[i] : least;
+      greatest = maximum[i] > greatest ? maximum[i] : greatest;
+    }
+    return {sum_lanes(sums), sum_lanes(squares), sum_lanes(counts), least, greatest};
+  }
+
   // Column `lane` of `rows`, a matrix [kMomentRows, stride], takes this lane's moments.
   CCP_INLINE void add_to(double* rows, int64_t stride) const {
-    for (int i = 0; i < kLanes<Acc>; ++i) {
-      rows[i] += sum[i];
-      rows[stride + i] += square_sum[i];
-      rows[2 * stride + i] += zeros[i];
+    constexpr int kStep = kLanes<double>;
+    for (int i = 0; i < kLanes<Acc>; i += kStep) {
+      Vector<double> row[kMomentRows];
+      for (int k = 0; k < kMomentRows; ++k) row[k] = load(rows + k * stride + i);
+      row[0] += widen_lanes<Acc>(sum, i);
+      row[1] += widen_lanes<Acc>(square_sum, i);
+      row[2] += widen_lanes<CountElement<Acc>>(zeros, i);
+      const Vector<double> least = widen_lanes<Acc>(minimum, i);
+      const Vector<double> greatest = widen_lanes<Acc>(maximum, i);
+      row[3] = least < row[3] ? least : row[3];
+      row[4] = greatest > row[4] ? greatest : row[4];
+      for (int k = 0; k < kMomentRows; ++k)
+        __builtin_memcpy(rows + k * stride + i, &row[k], sizeof row[k]);
     }
-    double* least = rows + 3 * stride;
-    double* greatest = rows + 4 * stride;
-    for (int i = 0; i < kLanes<Acc>; ++i) least[i] = minimum[i] < least[i] ? minimum[i] : least[i];
-    for (int i = 0; i < kLanes<Acc>; ++i)
-      greatest[i] = maximum[i] > greatest[i] ? maximum[i] : greatest[i];
   }
 };
 
@@ -52,7 +92,7 @@ CCP_INLINE Moments moments_of(Acc value) {
   return {wide, wide * wide, wide == 0 ? 1.0 : 0.0, wide, wide};
 }
 
-constexpr int64_t kFlush = 128;  // values added to a lane in the accumulator's type
+constexpr int64_t kFlush = 64;  // values added to a lane in the accumulator's type
 
 // The moments of one channel while its runs are added.
 template <class T>
@@ -68,66 +108,70 @@ class RunMoments {
       const int64_t vectors = std::min((count - i) / kStep, kFlush - pending_);
       const int64_t end = i + vectors * kStep;
       pending_ += vectors;
-      LaneMoments<Acc> first = chains_[0], second = chains_[1];  // in registers
-      for (; i + 2 * kStep <= end; i += 2 * kStep) {
-        first.add(load(x + i));
-        second.add(load(x + i + kStep));
-      }
-      if (i < end) first.add(load(x + i));
-      chains_[0] = first;
-      chains_[1] = second;
-      i = end;
+      LaneMoments<Acc> lanes = lanes_;  // in registers
+      for (; i < end; i += kStep) lanes.add(load(x + i));
+      lanes_ = lanes;
     }
-    for (; i < count; ++i) total_.add(moments_of(widen(x[i])));
+    if (i == count) return;
+    if (count < kStep) return add_strided(x, 1, count);
+    lanes_.add_from(kStep - static_cast<int>(count - i), load(x + count - kStep));
+    ++pending_;
   }
 
   CCP_INLINE void add_strided(const T* x, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < count; ++i) total_.add(moments_of(widen(x[i * stride])));
   }
 
-  Moments total() {
+  CCP_INLINE Moments total() {
     flush();
     return total_;
   }
 
  private:
-  void flush() {
-    double rows[kMomentRows][kStep];
-    for (int lane = 0; lane < kStep; ++lane) Moments{}.write(rows[0], kStep, lane);
-    for (const LaneMoments<Acc>& chain : chains_) chain.add_to(rows[0], kStep);
-    for (int lane = 0; lane < kStep; ++lane) total_.add(Moments::read(rows[0], kStep, lane));
-    chains_[0] = chains_[1] = LaneMoments<Acc>{};
+  CCP_INLINE void flush() {
+    total_.add(lanes_.total());
+    lanes_ = LaneMoments<Acc>{};
     pending_ = 0;
   }
 
-  LaneMoments<Acc> chains_[2];  // two hide the latency of the additions
-  int64_t pending_ = 0;         // vectors in the chains
+  LaneMoments<Acc> lanes_;
+  int64_t pending_ = 0;  // values in each lane, at most kFlush + 1
   Moments total_;
 };
 
-// One item = one block of positions of one channel; any strides. Items are ordered
-// [block, channel], parts [block, kMomentRows, channel].
+// Channels whose runs are added in turn, so that memory is read in order where they are
+// neighbours: every jump costs about as much as reading 16 KiB.
+constexpr int64_t kRowChannels = 64;
+
+// One item = one block of positions of kRowChannels channels; any strides. Items are ordered
+// [block, channels], parts [block, kMomentRows, channel].
 template <class T>
 void channel_moments_by_row(const ChannelMomentsParams& params, int64_t block_length, double* parts,
                             int64_t begin, int64_t end) {
   const ChannelDotLayout& layout = params.layout;
-  const int64_t channels = layout.channel.size, stride = layout.innermost().x_stride;
+  const int64_t channels = layout.channel.size, tiles = ceil_div(channels, kRowChannels);
+  const int64_t stride = layout.innermost().x_stride;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item / channels, c = item % channels;
+    const int64_t block = item / tiles, c = item % tiles * kRowChannels;
+    const int64_t tile = std::min(kRowChannels, channels - c);
     const int64_t first = block * block_length;
     const int64_t last = std::min(first + block_length, layout.positions);
     const T* x = static_cast<const T*>(params.x) + c * layout.channel.x_stride;
-    RunMoments<T> moments;
+    RunMoments<T> moments[kRowChannels];
     const auto add_run = [&](int64_t offset, int64_t, int64_t count)
                              __attribute__((always_inline)) {
-                               if (stride == 1) {
-                                 moments.add_contiguous(x + offset, count);
-                               } else {
-                                 moments.add_strided(x + offset, stride, count);
+                               for (int64_t i = 0; i < tile; ++i) {
+                                 const T* run = x + i * layout.channel.x_stride + offset;
+                                 if (stride == 1) {
+                                   moments[i].add_contiguous(run, count);
+                                 } else {
+                                   moments[i].add_strided(run, stride, count);
+                                 }
                                }
                              };
     for_each_run(layout, first, last, add_run);
-    moments.total().write(parts + block * kMomentRows * channels, channels, c);
+    double* rows = parts + block * kMomentRows * channels + c;
+    for (int64_t i = 0; i < tile; ++i) moments[i].total().write(rows, channels, i);
   }
 }
 

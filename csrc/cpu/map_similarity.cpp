@@ -101,6 +101,7 @@ void run(const MapSimilarityParams& params) {
           add(sample + tile.row * plan.packed_size,
               sample + ((sides - 1) * plan.panels + tile.column) * plan.packed_size,
               layout.positions, std::min(plan.width, layout.channel.size - tile.row * plan.width),
+              std::min(plan.width, layout.channel.size - tile.column * plan.width),
               params.symmetric && tile.row == tile.column, sums.data() + i * area);
         }
       }

@@ -5,74 +5,13 @@
 // product of two panels.
 #include "csrc/cpu/tile_product.h"
 #include "csrc/cpu/vector.h"
+// After both of them.
+#include "csrc/cpu/transpose.h"
 
 namespace ccp::cpu::CCP_ISA {
 
-template <class Acc>
-using Native = typename NativeVector<Acc>::type;
-template <class Acc>
-constexpr int kSquare = CCP_VECTOR_BYTES / sizeof(Acc);
-
 // Positions summed before the sum joins the others, so that rounding errors stay small.
 constexpr int64_t kSumBlock = 128;
-
-template <class Acc>
-struct LaneIndex;
-template <>
-struct LaneIndex<float> {
-  typedef int32_t type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-template <>
-struct LaneIndex<double> {
-  typedef int64_t type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-
-// Exchanges the off-diagonal squares of side kStep between rows a and b, kStep apart.
-template <class Acc, int kStep, int... kLane>
-CCP_INLINE void exchange(Native<Acc>& a, Native<Acc>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int kCount = kSquare<Acc>;
-#ifdef __clang__
-  const Native<Acc> low =
-      __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kCount : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kCount : kLane + kStep)...);
-#else
-  using Index = typename LaneIndex<Acc>::type;
-  const Native<Acc> low =
-      __builtin_shuffle(a, b, Index{(kLane & kStep ? kLane - kStep + kCount : kLane)...});
-  b = __builtin_shuffle(a, b, Index{(kLane & kStep ? kLane + kCount : kLane + kStep)...});
-#endif
-  a = low;
-}
-
-template <class Acc, int kStep = 1>
-CCP_INLINE void transpose(Native<Acc> (&rows)[kSquare<Acc>]) {
-  if constexpr (kStep < kSquare<Acc>) {
-    for (int i = 0; i < kSquare<Acc>; ++i)
-      if ((i & kStep) == 0)
-        exchange<Acc, kStep>(rows[i], rows[i + kStep],
-                             std::make_integer_sequence<int, kSquare<Acc>>{});
-    transpose<Acc, 2 * kStep>(rows);
-  }
-}
-
-// to[p][c] = maps[c][p] for kLanes positions and kSquare maps, `channel_stride` apart.
-template <class T>
-CCP_INLINE void transpose_block(const T* maps, int64_t channel_stride, Accumulator<T>* to) {
-  using Acc = Accumulator<T>;
-  constexpr int kSide = kSquare<Acc>, kParts = kLanes<Acc> / kSide;
-  Native<Acc> rows[kParts][kSide];
-  for (int c = 0; c < kSide; ++c) {
-    const Vector<Acc> wide = load(maps + c * channel_stride);
-    for (int part = 0; part < kParts; ++part)
-      __builtin_memcpy(&rows[part][c], reinterpret_cast<const Acc*>(&wide) + part * kSide,
-                       sizeof(Native<Acc>));
-  }
-  for (int part = 0; part < kParts; ++part) {
-    transpose<Acc>(rows[part]);
-    for (int p = 0; p < kSide; ++p)
-      __builtin_memcpy(to + (part * kSide + p) * kPanel<Acc>, &rows[part][p], sizeof(Native<Acc>));
-  }
-}
 
 // to[p][c] = maps[c * channel_stride + p * position_stride] for `count` positions.
 template <class T>
@@ -118,12 +57,12 @@ int64_t packed_size(int64_t positions) {
   return (positions + kTermRows) * kPanel<Acc>;
 }
 
-template <class Acc>
+template <int kVectors, class Acc>
 struct PanelSums {
-  Native<Acc> first[2], second[2];
+  Native<Acc> first[kVectors], second[kVectors];
 
   CCP_INLINE PanelSums& operator+=(const PanelSums& other) {
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kVectors; ++h) {
       first[h] += other.first[h];
       second[h] += other.second[h];
     }
@@ -132,14 +71,14 @@ struct PanelSums {
 };
 
 // Sums over the positions, in blocks, of what visit(position's values, block's sums) adds.
-template <class Acc, class Visit>
-CCP_INLINE PanelSums<Acc> sum_positions(Acc* panel, int64_t positions, Visit visit) {
-  PanelSums<Acc> total{};
+template <int kVectors, class Acc, class Visit>
+CCP_INLINE PanelSums<kVectors, Acc> sum_positions(Acc* panel, int64_t positions, Visit visit) {
+  PanelSums<kVectors, Acc> total{};
   for (int64_t begin = 0; begin < positions; begin += kSumBlock) {
     const int64_t end = std::min(begin + kSumBlock, positions);
-    PanelSums<Acc> block{};
+    PanelSums<kVectors, Acc> block{};
     for (int64_t p = begin; p < end; ++p) {
-      Native<Acc> values[2];
+      Native<Acc> values[kVectors];
       __builtin_memcpy(values, panel + p * kPanel<Acc>, sizeof values);
       visit(values, block);
       __builtin_memcpy(panel + p * kPanel<Acc>, values, sizeof values);
@@ -152,30 +91,31 @@ CCP_INLINE PanelSums<Acc> sum_positions(Acc* panel, int64_t positions, Visit vis
 // Subtracts from each map its mean and multiplies by `scale`. The mean is found relative to the
 // map's first value, so that a constant map becomes exactly zero; what rounding left of it in the
 // centred map is corrected for (Chan, Golub and LeVeque, 1983).
-template <class Acc>
+template <int kVectors, class Acc>
 CCP_INLINE void centre(SimilarityKind kind, Acc scale, Acc* panel, int64_t positions) {
-  Native<Acc> origin[2];
+  Native<Acc> origin[kVectors];
   __builtin_memcpy(origin, panel, sizeof origin);
-  const auto add_differences = [&](Native<Acc>(&values)[2], PanelSums<Acc>& sums)
+  const auto add_differences = [&](Native<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
                                    __attribute__((always_inline)) {
-                                     for (int h = 0; h < 2; ++h)
+                                     for (int h = 0; h < kVectors; ++h)
                                        sums.first[h] += values[h] - origin[h];
                                    };
   const Acc count = static_cast<Acc>(positions);
-  const PanelSums<Acc> differences = sum_positions(panel, positions, add_differences);
-  Native<Acc> mean[2];
-  for (int h = 0; h < 2; ++h) mean[h] = origin[h] + differences.first[h] / count;
-  const auto centre_values = [&](Native<Acc>(&values)[2], PanelSums<Acc>& sums)
+  const PanelSums<kVectors, Acc> differences =
+      sum_positions<kVectors>(panel, positions, add_differences);
+  Native<Acc> mean[kVectors];
+  for (int h = 0; h < kVectors; ++h) mean[h] = origin[h] + differences.first[h] / count;
+  const auto centre_values = [&](Native<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
                                  __attribute__((always_inline)) {
-                                   for (int h = 0; h < 2; ++h) {
+                                   for (int h = 0; h < kVectors; ++h) {
                                      values[h] = (values[h] - mean[h]) * scale;
                                      sums.first[h] += values[h];
                                      sums.second[h] += values[h] * values[h];
                                    }
                                  };
-  const PanelSums<Acc> centred = sum_positions(panel, positions, centre_values);
+  const PanelSums<kVectors, Acc> centred = sum_positions<kVectors>(panel, positions, centre_values);
   Acc* terms = panel + positions * kPanel<Acc>;
-  for (int map = 0; map < kPanel<Acc>; ++map) {
+  for (int map = 0; map < kVectors * kSquare<Acc>; ++map) {
     const int h = map / kSquare<Acc>, lane = map % kSquare<Acc>;
     const Acc offset = centred.first[h][lane] / count;
     const Acc variance = at_least(Acc{0}, centred.second[h][lane] / count - offset * offset);
@@ -198,7 +138,7 @@ CCP_INLINE MapSide map_side(bool right) {
 }
 
 // Packs the maps of one panel of one sample of x, or of g if `right`; maps beyond the last are
-// zero.
+// zero up to a whole vector, and without meaning from there on.
 template <class T>
 void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, int64_t panel,
                Accumulator<T>* to) {
@@ -208,7 +148,7 @@ void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, in
   const auto stride = [&](const Dim& dim) { return dim.*side.stride; };
   const int64_t first = panel * kPanel<Acc>;
   const int64_t channels = std::min<int64_t>(kPanel<Acc>, layout.channel.size - first);
-  if (channels < kPanel<Acc>) std::fill(to, to + layout.positions * kPanel<Acc>, Acc{0});
+  if (channels % kSquare<Acc> != 0) std::fill(to, to + layout.positions * kPanel<Acc>, Acc{0});
   const T* maps = static_cast<const T*>(params.maps.*side.data) + sample * stride(layout.sample) +
                   first * stride(layout.channel);
   const int64_t length = layout.innermost().size;
@@ -221,25 +161,29 @@ void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, in
     pack_run(maps + offset, stride(layout.channel), stride(layout.innermost()), length, channels,
              to + begin * kPanel<Acc>);
   }
-  centre(params.kind, static_cast<Acc>(params.scale), to, layout.positions);
+  const Acc scale = static_cast<Acc>(params.scale);
+  if (channels <= kSquare<Acc>) {
+    centre<1>(params.kind, scale, to, layout.positions);
+  } else {
+    centre<2>(params.kind, scale, to, layout.positions);
+  }
 }
 
 constexpr int64_t kProductDepth = 128;  // two panels of this depth fit in the first cache
 
-// sums[r][c] += the similarity of map r of the left panel, one of its first `rows`, and map c of
-// the right one; on the diagonal of a symmetric result, of each map with itself.
-template <SimilarityKind kind, class Acc>
-void add_similarities(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
-                      bool diagonal, Acc* sums) {
-  constexpr int kSide = kPanel<Acc>;
-  alignas(64) Acc products[kSide][kSide] = {};
+// add_similarities for the first kVectors vectors of columns.
+template <SimilarityKind kind, int kVectors, class Acc>
+CCP_INLINE void add_columns(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
+                            bool diagonal, Acc* sums) {
+  constexpr int kSide = kPanel<Acc>, kColumns = kVectors * kSquare<Acc>;
+  alignas(64) Acc products[kSide][kColumns] = {};
   for (int64_t begin = 0; begin < positions; begin += kProductDepth) {
     const int64_t depth = std::min(kProductDepth, positions - begin);
     for (int r = 0; r < rows; r += kTileRows) {
       alignas(64) Acc block[kTileRows][kSide];
-      multiply_rows(left + begin * kSide + r, right + begin * kSide, depth, block[0]);
+      multiply_rows<kVectors>(left + begin * kSide + r, right + begin * kSide, depth, block[0]);
       for (int i = 0; i < kTileRows; ++i)
-        for (int c = 0; c < kSide; ++c) products[r + i][c] += block[i][c];
+        for (int c = 0; c < kColumns; ++c) products[r + i][c] += block[i][c];
     }
   }
   const Acc* left_terms = left + positions * kSide;
@@ -247,11 +191,24 @@ void add_similarities(const Acc* left, const Acc* right, int64_t positions, int6
   const Acc per_position = 1 / static_cast<Acc>(positions);
   for (int r = 0; r < rows; ++r) {
     const MapTerms<Acc> terms = terms_of(left_terms, r);
-    alignas(64) Acc row[kSide];
-    for (int c = 0; c < kSide; ++c)
+    alignas(64) Acc row[kColumns];
+    for (int c = 0; c < kColumns; ++c)
       row[c] = similarity<kind>(terms, terms_of(right_terms, c), products[r][c] * per_position);
     if (diagonal) row[r] = self_similarity<kind>(terms);
-    for (int c = 0; c < kSide; ++c) sums[r * kSide + c] += row[c];
+    for (int c = 0; c < kColumns; ++c) sums[r * kSide + c] += row[c];
+  }
+}
+
+// sums[r][c] += the similarity of map r of the left panel, one of its first `rows`, and map c of
+// the right one, one of its first `columns`; on the diagonal of a symmetric result, of each map
+// with itself.
+template <SimilarityKind kind, class Acc>
+void add_similarities(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
+                      int64_t columns, bool diagonal, Acc* sums) {
+  if (columns <= kSquare<Acc>) {
+    add_columns<kind, 1>(left, right, positions, rows, diagonal, sums);
+  } else {
+    add_columns<kind, 2>(left, right, positions, rows, diagonal, sums);
   }
 }
 

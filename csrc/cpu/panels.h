@@ -10,16 +10,19 @@ constexpr int64_t kTileDepth = 128;  // two stretches of panels as deep fit in t
 template <class Acc>
 using Tile = Acc[kPanel<Acc>][kPanel<Acc>];
 
+// The first `rows` rows of the product; more are written, without meaning.
 template <class Acc>
 inline __attribute__((always_inline)) void multiply_panels(const Acc* left, const Acc* right,
-                                                           int64_t depth, Tile<Acc>& tile) {
+                                                           int64_t depth, int64_t rows,
+                                                           Tile<Acc>& tile) {
   constexpr int kSide = kPanel<Acc>;
   std::fill(&tile[0][0], &tile[0][0] + kSide * kSide, Acc{0});
   for (int64_t d = 0; d < depth; d += kTileDepth) {
-    for (int r = 0; r < kSide; r += kTileRows) {
-      alignas(64) Acc rows[kTileRows * kSide];
-      multiply_rows(left + d * kSide + r, right + d * kSide, std::min(kTileDepth, depth - d), rows);
-      for (int i = 0; i < kTileRows * kSide; ++i) tile[r + i / kSide][i % kSide] += rows[i];
+    for (int r = 0; r < rows; r += kTileRows) {
+      alignas(64) Acc block[kTileRows * kSide];
+      multiply_rows(left + d * kSide + r, right + d * kSide, std::min(kTileDepth, depth - d),
+                    block);
+      for (int i = 0; i < kTileRows * kSide; ++i) tile[r + i / kSide][i % kSide] += block[i];
     }
   }
 }
@@ -31,10 +34,10 @@ void add_tile(Acc* out, int64_t stride, int64_t rows, int64_t columns, bool symm
               const Acc* left, const Acc* right, int64_t depth, TileIndex index) {
   constexpr int kSide = kPanel<Acc>;
   alignas(64) Tile<Acc> tile;
-  multiply_panels(left, right, depth, tile);
   const int64_t i0 = index.row * kSide, j0 = index.column * kSide;
   const int64_t height = std::min<int64_t>(kSide, rows - i0);
   const int64_t width = std::min<int64_t>(kSide, columns - j0);
+  multiply_panels(left, right, depth, height, tile);
   const bool diagonal = symmetric && index.row == index.column;
   for (int64_t i = 0; i < height; ++i)
     for (int64_t j = diagonal ? i : 0; j < width; ++j)

@@ -22,21 +22,27 @@ int panel_width() {
   return kPanel<Acc>;
 }
 
-// tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows.
-template <class Acc>
+// tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows and kVectors (1 or 2)
+// vectors of columns; the tile's rows are kPanel apart.
+template <int kVectors = 2, class Acc>
 inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const Acc* right,
                                                          int64_t depth, Acc* tile) {
   using Vector = typename NativeVector<Acc>::type;
-  Vector acc[kTileRows][2] = {};
+  Vector acc[kTileRows][kVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    Vector column[2];
+    Vector column[kVectors];
     __builtin_memcpy(column, right + d * kPanel<Acc>, sizeof column);
     for (int r = 0; r < kTileRows; ++r) {
       acc[r][0] += left[d * kPanel<Acc> + r] * column[0];
-      acc[r][1] += left[d * kPanel<Acc> + r] * column[1];
+      if constexpr (kVectors == 2) acc[r][1] += left[d * kPanel<Acc> + r] * column[1];
     }
   }
-  __builtin_memcpy(tile, acc, sizeof acc);
+  if constexpr (kVectors == 2) {
+    __builtin_memcpy(tile, acc, sizeof acc);
+  } else {
+    for (int r = 0; r < kTileRows; ++r)
+      __builtin_memcpy(tile + r * kPanel<Acc>, acc[r], sizeof acc[r]);
+  }
 }
 
 }  // namespace ccp::cpu::CCP_ISA

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "csrc/cpu/isa.h"
@@ -20,20 +20,6 @@ namespace {
 constexpr int64_t kDepth = 128;  // rows of a per block: two packed panels fit in the first cache
 constexpr int64_t kGrainProducts = 1 << 20;  // fewer are not worth a thread of their own
 
-// One layer's share of a block of rows. Panels and tiles are numbered through all layers, so that
-// threads share out the work of all of them at once.
-struct LayerBlock {
-  const WeightedGramParams* params;
-  int64_t depth;  // rows, at most kDepth
-  int64_t panels, first_panel, first_tile;
-  std::vector<double> weights;  // empty: all ones
-};
-
-struct RowBlock {
-  std::vector<LayerBlock> layers;
-  int64_t panels = 0, tiles = 0;
-};
-
 template <class Sigma>
 void read_weights(const WeightedGramParams& params, int64_t begin, std::vector<double>& weights) {
   for (size_t d = 0; d < weights.size(); ++d) {
@@ -44,75 +30,73 @@ void read_weights(const WeightedGramParams& params, int64_t begin, std::vector<d
   }
 }
 
-// Rows [begin, begin + kDepth) of the layers that have as many.
-RowBlock row_block(const std::vector<WeightedGramParams>& layers, int64_t begin, int64_t width) {
-  RowBlock block;
-  for (const WeightedGramParams& params : layers) {
-    const int64_t depth = std::min(kDepth, params.samples * params.terms - begin);
-    if (depth <= 0) continue;
-    const int64_t panels = ceil_div(params.channels, width);
+// Two blocks of panels of up to kDepth rows: as they are, and times the weights.
+template <class Acc>
+struct PackedRows {
+  PackedRows(int64_t panels, bool weighted)
+      : panel_size(kDepth * CCP_BEST_ISA(panel_width<Acc>)()),
+        plain(new Acc[panels * panel_size]),
+        scaled(weighted ? new Acc[panels * panel_size] : nullptr) {}
+
+  int64_t panel_size;
+  std::unique_ptr<Acc[]> plain, scaled;
+};
+
+// Adds to tiles [first, last) of one layer, for which the panels are packed here: that is little
+// beside the products, and no thread waits for another.
+template <class T, class Acc>
+void add_tiles(const WeightedGramParams& params, int64_t first, int64_t last,
+               const PackedRows<Acc>& packed) {
+  const auto pack = CCP_BEST_ISA(pack_panel<T, Acc>);
+  const auto add = CCP_BEST_ISA(add_tile<Acc>);
+  const TileIndex begin_tile = upper_tile(first), end_tile = upper_tile(last - 1);
+  const int64_t first_panel = begin_tile.column == end_tile.column ? begin_tile.row : 0;
+  const auto read = params.sigma_is_double ? read_weights<double> : read_weights<float>;
+  const int64_t rows = params.samples * params.terms;
+  for (int64_t begin = 0; begin < rows; begin += kDepth) {
+    const int64_t depth = std::min(kDepth, rows - begin);
     std::vector<double> weights(params.sigma ? depth : 0);
-    const auto read = params.sigma_is_double ? read_weights<double> : read_weights<float>;
     read(params, begin, weights);
-    block.layers.push_back({&params, depth, panels, block.panels, block.tiles, std::move(weights)});
-    block.panels += panels;
-    block.tiles += panels * (panels + 1) / 2;
-  }
-  return block;
-}
-
-// Calls f(layer, index within the layer) for the items [first, last), numbered from
-// `layer.*start` on in each layer.
-template <class F>
-void for_each_item(const RowBlock& block, int64_t LayerBlock::* start, int64_t first, int64_t last,
-                   F f) {
-  auto next = std::partition_point(block.layers.begin(), block.layers.end(),
-                                   [&](const LayerBlock& layer) { return layer.*start <= first; });
-  for (int64_t item = first; item < last; ++item) {
-    while (next != block.layers.end() && (*next).*start <= item) ++next;
-    const LayerBlock& layer = *(next - 1);
-    f(layer, item - layer.*start);
+    const auto pack_one = [&](int64_t panel) {
+      const int64_t offset = panel * packed.panel_size;
+      pack(params, params.sigma ? weights.data() : nullptr, begin, depth, panel,
+           packed.plain.get() + offset, packed.scaled.get() + offset);
+    };
+    for (int64_t panel = first_panel; panel <= end_tile.column; ++panel) pack_one(panel);
+    const Acc* right = packed.plain.get();
+    const Acc* left = params.sigma ? packed.scaled.get() : right;
+    for (int64_t index = first; index < last; ++index) {
+      const TileIndex tile = upper_tile(index);
+      add(static_cast<Acc*>(params.S), params.S_stride, params.channels, params.channels, true,
+          left + tile.row * packed.panel_size, right + tile.column * packed.panel_size, depth,
+          tile);
+    }
   }
 }
 
+// The tiles are numbered through all layers, so that threads share out the work of all at once.
 template <class T, class Acc>
 void run(const std::vector<WeightedGramParams>& layers) {
   const int64_t width = CCP_BEST_ISA(panel_width<Acc>)();
-  const auto pack = CCP_BEST_ISA(pack_panel<T, Acc>);
-  const auto add = CCP_BEST_ISA(add_tile<Acc>);
-  const int64_t panel_size = kDepth * width;
-  const int64_t pack_grain = std::max<int64_t>(1, kGrainProducts / 16 / panel_size);
-  const int64_t tile_grain = std::max<int64_t>(1, kGrainProducts / (width * panel_size));
-  int64_t rows = 0, panels = 0;
+  std::vector<int64_t> first_tile{0};
+  int64_t most_rows = 1, most_panels = 0;
   bool weighted = false;
   for (const WeightedGramParams& params : layers) {
-    rows = std::max(rows, params.samples * params.terms);
-    panels += ceil_div(params.channels, width);
+    const int64_t panels = ceil_div(params.channels, width);
+    first_tile.push_back(first_tile.back() + panels * (panels + 1) / 2);
+    most_rows = std::max(most_rows, params.samples * params.terms);
+    most_panels = std::max(most_panels, panels);
     weighted = weighted || params.sigma != nullptr;
   }
-  std::vector<Acc> plain(panels * panel_size), scaled(weighted ? plain.size() : 0);
-  for (int64_t begin = 0; begin < rows; begin += kDepth) {
-    const RowBlock block = row_block(layers, begin, width);
-    const auto pack_one = [&](const LayerBlock& layer, int64_t panel) {
-      const int64_t offset = (layer.first_panel + panel) * panel_size;
-      pack(*layer.params, layer.weights.empty() ? nullptr : layer.weights.data(), begin,
-           layer.depth, panel, plain.data() + offset, scaled.data() + offset);
-    };
-    torch::stable::parallel_for(0, block.panels, pack_grain, [&](int64_t first, int64_t last) {
-      for_each_item(block, &LayerBlock::first_panel, first, last, pack_one);
-    });
-    const auto add_one = [&](const LayerBlock& layer, int64_t index) {
-      const TileIndex tile = upper_tile(index);
-      const Acc* right = plain.data() + layer.first_panel * panel_size;
-      const Acc* left = layer.weights.empty() ? right : scaled.data() + (right - plain.data());
-      const WeightedGramParams& params = *layer.params;
-      add(static_cast<Acc*>(params.S), params.S_stride, params.channels, params.channels, true,
-          left + tile.row * panel_size, right + tile.column * panel_size, layer.depth, tile);
-    };
-    torch::stable::parallel_for(0, block.tiles, tile_grain, [&](int64_t first, int64_t last) {
-      for_each_item(block, &LayerBlock::first_tile, first, last, add_one);
-    });
-  }
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts / (width * width * most_rows));
+  torch::stable::parallel_for(0, first_tile.back(), grain, [&](int64_t begin, int64_t end) {
+    const PackedRows<Acc> packed(most_panels, weighted);
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      const int64_t first = std::max(begin, first_tile[layer]) - first_tile[layer];
+      const int64_t last = std::min(end, first_tile[layer + 1]) - first_tile[layer];
+      if (first < last) add_tiles<T, Acc>(layers[layer], first, last, packed);
+    }
+  });
 }
 
 void add_grams(const GramArguments& call) {

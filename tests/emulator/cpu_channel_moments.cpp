@@ -26,7 +26,8 @@ void check(const std::string& isa, Kernel by_row, Kernel by_position) {
         const int64_t channels = params.layout.channel.size;
         const int64_t blocks = ccp::ceil_div(params.layout.positions, kBlock);
         auto parts = testing::unwritten<double>(blocks * ccp::kMomentRows * channels);
-        kernel(params, kBlock, parts.data(), 0, kernel == by_row ? blocks * channels : blocks);
+        const int64_t tiles = ccp::ceil_div(channels, ccp::cpu::baseline::kRowChannels);
+        kernel(params, kBlock, parts.data(), 0, kernel == by_row ? blocks * tiles : blocks);
         for (int64_t c = 0; c < channels; ++c) {
           Moments moments;
           for (int64_t b = 0; b < blocks; ++b)

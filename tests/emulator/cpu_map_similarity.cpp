@@ -30,8 +30,8 @@ void run(const MapSimilarityParams& params, int64_t width, int64_t packed_size, 
     for (int64_t tile = 0; tile < panels * panels; ++tile) {
       const int64_t row = tile / panels, column = tile % panels;
       add(rows.data() + row * packed_size, columns.data() + column * packed_size, layout.positions,
-          std::min(width, channels - row * width), params.symmetric && row == column,
-          sums.data() + tile * width * width);
+          std::min(width, channels - row * width), std::min(width, channels - column * width),
+          params.symmetric && row == column, sums.data() + tile * width * width);
     }
   }
   for (int64_t i = 0; i < channels; ++i) {
