@@ -203,7 +203,11 @@ def extension_modules(config: BuildConfig) -> list:
             include_dirs=include_dirs,
             extra_compile_args={
                 "cxx": [*common_flags, *host_flags, *info_flags],
-                "nvcc": [*common_flags, *(f"-Xcompiler={flag}" for flag in host_flags)],
+                "nvcc": [
+                    *common_flags,
+                    "-Xptxas=-warn-spills",
+                    *(f"-Xcompiler={flag}" for flag in host_flags),
+                ],
             },
             py_limited_api=True,
             **cuda_options,

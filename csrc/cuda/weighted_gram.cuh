@@ -10,8 +10,8 @@
 
 namespace ccp {
 
-// Blocks of a float32 S that must fit on a multiprocessor. Compiled for Blackwell, eight would spill
-// registers.
+// Blocks of a float32 S that must fit on a multiprocessor. On Blackwell, for which the compiler
+// takes more registers, eight would spill them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kFloatGramBlocks = 6;
 #else
