@@ -9,7 +9,7 @@
 - ``0``: not built.
 
 ``CUDA_HOME`` names the CUDA toolkit; otherwise nvcc on ``PATH`` is asked. ``TORCH_CUDA_ARCH_LIST``
-names the GPU architectures.
+names the GPU architectures, 8.0 (Ampere) or later.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+OLDEST_ARCHITECTURE = 8.0  # cp.async and the matrix units' bfloat16 and TF32 came with Ampere
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # 2.11, the oldest torch served
 
 
@@ -69,7 +70,8 @@ def build_config(
 
     Raises:
         SystemExit: ``CCP_CUDA`` has another value than auto, 1 and 0; or it is 1 and nvcc is
-            missing or of another CUDA major version than torch.
+            missing or of another CUDA major version than torch; or ``TORCH_CUDA_ARCH_LIST`` names
+            an architecture that the kernels do not serve.
     """
     choice = env.get("CCP_CUDA", "auto")
     if choice not in ("auto", "1", "0"):
@@ -95,9 +97,21 @@ def build_config(
 
 
 def architectures(env: Mapping[str, str]) -> tuple[str, ...]:
-    """``TORCH_CUDA_ARCH_LIST``, or the default, as a tuple such as ``("8.0", "9.0+PTX")``."""
+    """``TORCH_CUDA_ARCH_LIST``, or the default, as a tuple such as ``("8.0", "9.0+PTX")``.
+
+    Raises:
+        SystemExit: One of them is no number such as 8.6, 9.0a or 9.0+PTX, or is below 8.0.
+    """
     listed = env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
-    return tuple(re.split(r"[;,\s]+", listed.strip(";, ")))
+    names = tuple(re.split(r"[;,\s]+", listed.strip(";, ")))
+    for name in names:
+        number = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", name)
+        if number is None or float(number[1]) < OLDEST_ARCHITECTURE:
+            raise SystemExit(
+                "ccp_ext: TORCH_CUDA_ARCH_LIST must name architectures from "
+                f"{OLDEST_ARCHITECTURE} on, such as {DEFAULT_ARCHITECTURES}, got {name!r}."
+            )
+    return names
 
 
 def major(version: str) -> str:
@@ -189,7 +203,11 @@ def extension_modules(config: BuildConfig) -> list:
             include_dirs=include_dirs,
             extra_compile_args={
                 "cxx": [*common_flags, *host_flags, *info_flags],
-                "nvcc": [*common_flags, *(f"-Xcompiler={flag}" for flag in host_flags)],
+                "nvcc": [
+                    *common_flags,
+                    "-Xptxas=-warn-spills",
+                    *(f"-Xcompiler={flag}" for flag in host_flags),
+                ],
             },
             py_limited_api=True,
             **cuda_options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,24 @@ def test_architectures(setup: ModuleType, listed: str, expected: tuple[str, ...]
     assert setup.architectures({"TORCH_CUDA_ARCH_LIST": listed}) == expected
 
 
+@pytest.mark.parametrize("listed", ["7.5", "9.0;7.0+PTX", "6.1 8.0", "Turing", "80"])
+def test_architectures_without_the_kernels_instructions_are_refused(
+    setup: ModuleType, toolkit: object, listed: str
+) -> None:
+    [refused] = [name for name in re.split("[; ]", listed) if name not in ("8.0", "9.0")]
+    message = (
+        "ccp_ext: TORCH_CUDA_ARCH_LIST must name architectures from 8.0 on, such as "
+        f"8.0;9.0;10.0+PTX, got {refused!r}."
+    )
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        setup.build_config({"TORCH_CUDA_ARCH_LIST": listed}, "13.2", toolkit)
+
+
+def test_a_build_without_cuda_needs_no_architectures(setup: ModuleType, toolkit: object) -> None:
+    env = {"CCP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "7.5"}
+    assert setup.build_config(env, "13.2", toolkit).architectures == ()
+
+
 def test_a_wrapper_of_nvcc_leads_to_the_real_toolkit(setup: ModuleType, tmp_path: Path) -> None:
     home = tmp_path / "toolkit"
     nvcc = write_script(
@@ -175,7 +194,15 @@ def test_build_info_comes_from_the_binary() -> None:
 
 
 def test_the_kernels_registered_are_those_that_build_info_names() -> None:
-    for op in ("channel_dot", "weighted_gram_"):
+    for op in (
+        "channel_dot",
+        "channel_moments",
+        "map_similarity",
+        "weighted_gram_",
+        "weighted_grams_",
+        "patch_gram_",
+        "patch_cross_",
+    ):
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"ccp_ext::{op}", "CUDA")
         assert registered == build_info()["cuda"]
 

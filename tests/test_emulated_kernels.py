@@ -44,7 +44,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not
 def compiled(source: Path, program: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
     includes = [f"-I{ROOT}", f"-I{EMULATOR}"]
     warnings = ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    flags = ["-std=c++17", "-O1", "-g", *warnings, *includes, *SANITIZERS[sanitizer]]
+    # The CPU kernels, thrice in a file, take longer to optimise than to run.
+    level = "-O0" if source.name.startswith("cpu_") else "-O1"
+    flags = ["-std=c++17", level, "-g1", *warnings, *includes, *SANITIZERS[sanitizer]]
     return run_text(["g++", *flags, str(source), "-o", str(program)])
 
 
@@ -106,7 +108,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     ["channel_dot", "weighted_gram", "patch_gram", "mma", "map_similarity", "channel_moments"],
 )
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
-    schedules = "4" if sanitizer == "plain" else "1"
+    schedules = "2" if sanitizer == "plain" else "1"
     finished = run(driver, sanitizer, schedules)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.endswith("0 failures\n")

@@ -65,10 +65,14 @@ __device__ __forceinline__ void for_each_value(const T* map, MapSide side,
   }
 }
 
+// Blocks on a multiprocessor. Left to itself the compiler aims higher on some GPUs, and spills.
+constexpr int kRowMomentBlocks = 6;
+constexpr int kChannelsLastMomentBlocks = 3;
+
 // One warp a map. The mean is found relative to the map's first value, so that a constant map has
 // exactly that mean and no variance.
 template <class T, int kVector, bool kStrided>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kRowMomentBlocks)
     map_moments_rows(MapSimilarityParams params, MapMomentsLaunch launch, MapSide side,
                      MapTerms<float>* terms) {
   const ChannelDotLayout& layout = params.maps.layout;
@@ -112,7 +116,7 @@ __device__ __forceinline__ void column_sums(float (&sums)[kVector], int width) {
 // A block's threads stand channel_threads wide along the channels of one sample, the others along
 // the positions.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kChannelsLastMomentBlocks)
     map_moments_channels_last(MapSimilarityParams params, MapMomentsLaunch launch, MapSide side,
                               MapTerms<float>* terms) {
   const ChannelDotLayout& layout = params.maps.layout;

@@ -74,6 +74,7 @@ struct PatchTask {
   int64_t group, sample;
   unsigned position, rows;
   TileIndex tile;
+  bool diagonal;  // the tile's rows and columns are the same columns of P
 };
 
 __device__ __forceinline__ PatchTask patch_task(const PatchProductParams& params,
@@ -83,10 +84,14 @@ __device__ __forceinline__ PatchTask patch_task(const PatchProductParams& params
   const DivMod rectangular = div_mod(group.remainder, launch.tile_rows);
   const int64_t begin = part.quotient * launch.split.length, left = params.rows() - begin;
   const DivMod start = div_mod(begin, params.positions[0] * params.positions[1]);
-  return {group.quotient, start.quotient, static_cast<unsigned>(start.remainder),
+  const TileIndex tile = params.symmetric ? upper_tile(group.remainder)
+                                          : TileIndex{rectangular.remainder, rectangular.quotient};
+  return {group.quotient,
+          start.quotient,
+          static_cast<unsigned>(start.remainder),
           static_cast<unsigned>(left < launch.split.length ? left : launch.split.length),
-          params.symmetric ? upper_tile(group.remainder)
-                           : TileIndex{rectangular.remainder, rectangular.quotient}};
+          tile,
+          params.symmetric && tile.row == tile.column};
 }
 
 // Where an output lies: its sample, and its row and column in the map.
@@ -133,7 +138,7 @@ class MatrixUnitProduct {
 
   // Each short chain of products starts at zero and is then added, rounded to nearest: the units'
   // own accumulation truncates, which would bias long sums.
-  __device__ __forceinline__ void multiply(const Stage& stage) {
+  __device__ __forceinline__ void multiply(const Panel& left, const Panel& right) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1  // more would not fit into the registers
     for (int word = 0; word < kWords; word += 8) {
@@ -142,12 +147,11 @@ class MatrixUnitProduct {
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          a[i][r] = stage.left[first_row() + 16 * i + g + 8 * (r % 2)][word + t + 4 * (r / 2)];
+          a[i][r] = left[first_row() + 16 * i + g + 8 * (r % 2)][word + t + 4 * (r / 2)];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          b[j][r] = stage.right[first_column() + 8 * j + g][word + t + 4 * r];
+        for (int r = 0; r < 2; ++r) b[j][r] = right[first_column() + 8 * j + g][word + t + 4 * r];
       add_products(a, b);
     }
   }
@@ -226,24 +230,24 @@ class ScalarProduct {
  public:
   using T = typename Traits::T;
   using Acc = typename Traits::Acc;
+  using Panel = Acc[kPatchTile][Traits::kDepth + 1];
   struct Stage {
-    Acc left[kPatchTile][Traits::kDepth + 1], right[kPatchTile][Traits::kDepth + 1];
+    Panel left, right;
   };
 
-  static __device__ __forceinline__ void store(Acc (&panel)[kPatchTile][Traits::kDepth + 1],
-                                               int column, int depth, T value) {
+  static __device__ __forceinline__ void store(Panel& panel, int column, int depth, T value) {
     panel[column][depth] = static_cast<Acc>(widen(value));
   }
 
-  __device__ __forceinline__ void multiply(const Stage& stage) {
+  __device__ __forceinline__ void multiply(const Panel& left, const Panel& right) {
     const int line = threadIdx.x / 16, column = threadIdx.x % 16;
 #pragma unroll
     for (int depth = 0; depth < Traits::kDepth; ++depth) {
       Acc rows[4], columns[4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        rows[s] = stage.left[line + 16 * s][depth];
-        columns[s] = stage.right[column + 16 * s][depth];
+        rows[s] = left[line + 16 * s][depth];
+        columns[s] = right[column + 16 * s][depth];
       }
 #pragma unroll
       for (int r = 0; r < 4; ++r)
@@ -335,7 +339,8 @@ __device__ __forceinline__ StagedPatches<Traits> read_patches(const PatchProduct
   if (row >= task.rows) return staged;
   const OutputPosition at = output_position(params, task, row);
   read_side<Traits>(params.left, patch_row(params.left, at), shared.left, staged.left);
-  read_side<Traits>(params.right, patch_row(params.right, at), shared.right, staged.right);
+  if (!task.diagonal)
+    read_side<Traits>(params.right, patch_row(params.right, at), shared.right, staged.right);
   return staged;
 }
 
@@ -355,7 +360,7 @@ __device__ __forceinline__ void find_columns(const PatchProductParams& params,
 }
 
 // One part of one tile. Rows are read while the ones before them are multiplied; with two stages
-// one barrier a step is enough.
+// one barrier a step is enough. On the diagonal one panel serves as both.
 template <class Traits>
 __device__ __forceinline__ void multiply_patches(const PatchProductParams& params,
                                                  const PatchTask& task, PatchShared<Traits>& shared,
@@ -369,12 +374,13 @@ __device__ __forceinline__ void multiply_patches(const PatchProductParams& param
 #pragma unroll
     for (int load = 0; load < Traits::kLoads; ++load) {
       Product::store(stage.left, load_column<Traits>(load), depth, staged.left[load]);
-      Product::store(stage.right, load_column<Traits>(load), depth, staged.right[load]);
+      if (!task.diagonal)
+        Product::store(stage.right, load_column<Traits>(load), depth, staged.right[load]);
     }
     __syncthreads();
     if (first + Traits::kDepth < task.rows)
       staged = read_patches<Traits>(params, task, shared, first + Traits::kDepth);
-    product.multiply(stage);
+    product.multiply(stage.left, task.diagonal ? stage.left : stage.right);
   }
 }
 

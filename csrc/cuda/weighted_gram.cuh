@@ -10,6 +10,14 @@
 
 namespace ccp {
 
+// Blocks of a float32 S that must fit on a multiprocessor. On Blackwell, for which the compiler
+// takes more registers, eight would spill them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFloatGramBlocks = 6;
+#else
+constexpr int kFloatGramBlocks = 8;
+#endif
+
 template <class T_, class Acc_>
 struct GramTraits {
   using T = T_;      // of a
@@ -20,6 +28,7 @@ struct GramTraits {
   static constexpr int kSide = 2 * kQuad;
   static constexpr int kLines = kGramTile / kSide;
   static constexpr int kThreads = kLines * kLines;
+  static constexpr int kBlocks = sizeof(Acc) == sizeof(float) ? kFloatGramBlocks : 2;
   static constexpr int kDepthStep = kThreads / kGramTile;  // rows that the block loads at once
   static constexpr int kLoads = kGramDepth / kDepthStep;
 };
@@ -213,7 +222,7 @@ __device__ __forceinline__ void add_tile(const WeightedGramParams& params, TileI
 // One block computes one part of one tile of one layer. A tile of a single part is added to S; one
 // of several goes to partial[part of all layers, kGramTile, kGramTile], which add_gram_parts sums.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2 * kBlockThreads / Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     weighted_grams(const __grid_constant__ GramLaunch launch, void* partial) {
   using Acc = typename Traits::Acc;
   constexpr int kSide = Traits::kSide;

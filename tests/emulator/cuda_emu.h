@@ -18,7 +18,9 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -98,7 +100,8 @@ struct Copy {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* detector = race_detector::create();
   unsigned index;
   State state;
   unsigned block_barriers_met;  // the dropped one included
@@ -107,12 +110,15 @@ struct Fiber {
   uint64_t offered[4];       // the value that this lane offers to the others of its warp
   std::vector<Copy> copies;  // begun, not yet committed
   std::vector<std::vector<Copy>> pending;  // committed, not yet arrived; oldest first
-  void* detector;
+
+  Fiber() = default;
+  Fiber(Fiber&&) = delete;
+  ~Fiber() { race_detector::destroy(detector); }
 };
 
 struct Block {
   dim3 block_index, block_size, grid_size;
-  std::vector<Fiber> fibers;
+  std::deque<Fiber>& fibers;
   ucontext_t scheduler;
   void* scheduler_detector = nullptr;
   Fiber* running = nullptr;
@@ -208,23 +214,17 @@ EMU_UNCHECKED inline void run_block() {
 template <class Kernel, class... Arguments>
 void launch(unsigned grid, unsigned threads, unsigned seed, Kernel kernel,
             const Arguments&... arguments) {
-  Block state;
-  state.block_size = {threads, 1, 1};
-  state.grid_size = {grid, 1, 1};
+  static std::map<unsigned, std::deque<Fiber>> fibers;  // by threads; kept: costly to make
+  Block state{{}, {threads, 1, 1}, {grid, 1, 1}, fibers[threads]};
   state.random.seed(seed);
   state.body = [&] { kernel(arguments...); };
   state.fibers.resize(threads);
-  for (Fiber& fiber : state.fibers) {
-    fiber.stack.reset(new char[kStackBytes]);
-    fiber.detector = race_detector::create();
-  }
   state.scheduler_detector = race_detector::current();
   block = &state;
   for (unsigned i = 0; i < grid; ++i) {
     state.block_index = {i, 0, 0};
     run_block();
   }
-  for (Fiber& fiber : state.fibers) race_detector::destroy(fiber.detector);
   block = nullptr;
 }
 
