@@ -12,7 +12,7 @@ import numpy as np
 
 from ccp_ext import _solver
 from ccp_ext.selection.arguments import to_count, to_limits, to_seed
-from ccp_ext.selection.convex import convexified
+from ccp_ext.selection.convex import convexified, lowered
 from ccp_ext.selection.items import to_protected
 from ccp_ext.selection.quadratic import QuadraticCost, in_range, quadratic_cost
 
@@ -75,8 +75,9 @@ def curve(
             np.ascontiguousarray(cost.quadratic[np.ix_(open_, open_)]), cost.linear[open_]
         )
     scaled, exponent = in_range(cost)
-    lower = len(open_) <= _LARGEST_LOWERED
-    convex = convexified(scaled, math.inf if lower else 0)
+    convex = convexified(scaled)
+    if len(open_) <= _LARGEST_LOWERED:
+        convex = lowered(convex)
     objective, bound, masks = _solver.curve(
         convex.quadratic, convex.linear, asked, convex.defect, limits.left()
     )

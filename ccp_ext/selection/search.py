@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ccp_ext import _solver
 from ccp_ext.errors import InputError
 from ccp_ext.selection.arguments import Limits, to_count, to_limits, to_seed
-from ccp_ext.selection.convex import convexified
+from ccp_ext.selection.convex import FREE, convexified, lowered_where_free
 from ccp_ext.selection.items import to_items
 from ccp_ext.selection.progress import Progress
 from ccp_ext.selection.quadratic import QuadraticCost, in_range, mean_of_random, quadratic_cost
@@ -241,33 +241,75 @@ def _rounded(task: _Task) -> Choice:
 
 def _branch_and_bound(task: _Task) -> Choice:
     scaled, exponent = in_range(task.cost)
-    quadratic, linear = scaled.quadratic, scaled.linear
-    convex = convexified(scaled, task.limits.left())
 
     def unscaled(value: float) -> float:
         return float(np.ldexp(value, exponent))
 
     with Progress(task.progress, unscaled) as report:
-        mask, bound, complete, rounding, nodes = _solver.branch_and_bound(
+        found = _certified(task, scaled, float(np.ldexp(task.limits.gap, -exponent)), report)
+    objective = _solver.objective(scaled.quadratic, scaled.linear, found.mask)
+    bound = found.lower_bound
+    if not found.complete and task.weights is None:
+        bound = max(bound, _solver.lower_bound(scaled.quadratic, scaled.linear, task.count))
+    status = "gap" if found.complete else "heuristic"
+    if objective - min(objective, bound) <= 2 * found.tolerance:
+        status = "optimal"
+    choice = task.choice(found.mask, unscaled(bound), status, "branch_and_bound")
+    return dataclasses.replace(choice, nodes=found.nodes)
+
+
+class _Certified(NamedTuple):
+    """What a search returns and the next one starts from."""
+
+    mask: np.ndarray
+    lower_bound: float
+    complete: bool
+    tolerance: float
+    nodes: int
+    state: np.ndarray  # int8 [C]: 0, 1 or 2, which is free
+
+
+def _certified(
+    task: _Task, cost: QuadraticCost, gap: float, report: Callable[[float, float], None] | None
+) -> _Certified:
+    """The relaxation of the whole problem first; the search in a cost with a better relaxation on
+    the channels that the first leaves free."""
+
+    def search(convex: QuadraticCost, nodes: int, **known: Any) -> _Certified:
+        found = _solver.branch_and_bound(
             convex.quadratic,
             convex.linear,
             task.count,
             defect=convex.defect,
             time_limit=task.limits.left(),
-            node_limit=task.limits.nodes,
-            gap=float(np.ldexp(task.limits.gap, -exponent)),
+            node_limit=nodes,
+            gap=gap,
             seed=task.seed,
             weight=task.weights,
             progress=report,
+            **known,
         )
-    objective = _solver.objective(quadratic, linear, mask)
-    if not complete and task.weights is None:
-        bound = max(bound, _solver.lower_bound(quadratic, linear, task.count))
-    status = "gap" if complete else "heuristic"
-    if objective - min(objective, bound) <= 2 * rounding:
-        status = "optimal"
-    choice = task.choice(mask, unscaled(bound), status, "branch_and_bound")
-    return dataclasses.replace(choice, nodes=nodes)
+        return _Certified(*found)
+
+    mask = _solver.round_relaxation(
+        cost.quadratic, cost.linear, task.count, task.limits.left(), task.weights
+    )
+    convex = convexified(cost)
+    found = search(convex, 0, mask=mask)
+    seconds = task.limits.left()
+    if found.complete or seconds == 0:
+        return found
+    lowered = lowered_where_free(
+        convex, task.count, task.weights, found.mask, found.state == FREE, seconds
+    )
+    return search(
+        lowered,
+        task.limits.nodes,
+        mask=found.mask,
+        state=found.state,
+        lower_bound=found.lower_bound,
+        tolerance=found.tolerance,
+    )
 
 
 def _cheapest(cost: np.ndarray, count: int) -> np.ndarray:
