@@ -95,6 +95,7 @@ def _lowering(
     """As many steps as the seconds are expected to suffice for; zero if that is none."""
     begin = time.monotonic()
     shift = np.zeros(len(cost.linear))
+    twins = _twins(cost)
     _factorises(cost.quadratic, 0.0)
     expected = _FACTORISATIONS * (time.monotonic() - begin)
     for steps in range(1, _STEPS + 1):
@@ -102,11 +103,24 @@ def _lowering(
             break
         present = _shifted(cost, -shift)
         step = _step(present.quadratic, gain(present))
-        if step is None or not _factorises(cost.quadratic, -(shift + step)):
+        if step is None:
             break
-        shift += step
+        moved = shift + (np.bincount(twins, step) / np.bincount(twins))[twins]
+        if not _factorises(cost.quadratic, -moved):
+            break
+        shift = moved
         expected = (time.monotonic() - begin) / steps
     return shift
+
+
+def _twins(cost: QuadraticCost) -> np.ndarray:
+    """Labels [C], equal where an exchange changes no cost: these have to stay exchangeable."""
+    alone = np.column_stack([cost.linear, np.diagonal(cost.quadratic)])
+    _, labels, counts = np.unique(alone, axis=0, return_inverse=True, return_counts=True)
+    if (counts > 1).any():
+        rows = np.column_stack([alone, np.sort(cost.quadratic, axis=1)])
+        labels = np.unique(rows, axis=0, return_inverse=True)[1]
+    return labels.reshape(-1)
 
 
 def _step(quadratic: np.ndarray, gain: np.ndarray) -> np.ndarray | None:

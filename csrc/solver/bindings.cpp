@@ -267,15 +267,14 @@ PYBIND11_MODULE(_solver, module) {
   module.def("swap_descent", &swap_descent, py::arg("quadratic"), py::arg("linear"),
              py::arg("start"));
   module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
-  module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
-             py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
-             py::arg("gap"), py::arg("seed"), py::arg("weight") = py::none(),
-             py::arg("progress") = py::none(), py::arg("mask") = py::none(),
-             py::arg("state") = py::none(),
-             py::arg("lower_bound") = -std::numeric_limits<double>::infinity(),
-             py::arg("tolerance") = 0.0,
-             "(mask, lower bound, complete, tolerance, nodes, state [n]); a state is 0, 1 or 2, "
-             "which is free. The last four arguments are known from an earlier search.");
+  module.def(
+      "branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"), py::arg("r"),
+      py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"), py::arg("gap"),
+      py::arg("seed"), py::arg("weight") = py::none(), py::arg("progress") = py::none(),
+      py::arg("mask") = py::none(), py::arg("state") = py::none(),
+      py::arg("lower_bound") = -std::numeric_limits<double>::infinity(), py::arg("tolerance") = 0.0,
+      "(mask, lower bound, complete, tolerance, nodes, state [n]); a state is 0, 1 or 2, "
+      "which is free. The last four arguments are known from an earlier search.");
   module.def("relaxed_minimum", &relaxed_minimum, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("start"), py::arg("weight") = py::none());
   module.def("round_relaxation", &round_relaxation, py::arg("quadratic"), py::arg("linear"),

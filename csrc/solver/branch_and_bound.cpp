@@ -192,8 +192,8 @@ class Search {
 
   // What the best mask so far lets the root decide.
   void make_core() {
-    const std::vector<char> decided = reduced_cost_fixing(root_.gradient, root_.capacity,
-                                                          root_.total, cutoff() - root_.bound);
+    const std::vector<char> decided =
+        reduced_cost_fixing(root_.gradient, root_.capacity, root_.total, cutoff() - root_.bound);
     for (Index i = 0, k = 0; i < problem_.size; ++i) {
       if (root_.state[i] == kFree) state_[i] = decided[k++];
     }
@@ -268,7 +268,9 @@ class Search {
   }
 
   // What the nodes so far have cost, in units of one annealing.
-  std::int64_t effort() const { return expanded_ * core_.problem.size / kNodesWorthAnnealing; }
+  std::int64_t effort() const {
+    return expanded_ * core_.problem.size * core_.problem.size / kNodesWorthAnnealing;
+  }
 
   void anneal_core() {
     const Mask start = inner(best_);
@@ -376,9 +378,9 @@ class Search {
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
-  static constexpr std::int64_t kProposals = 20000;
+  static constexpr std::int64_t kProposals = 2000;
   static constexpr std::int64_t kRounding = 32;
-  static constexpr std::int64_t kNodesWorthAnnealing = 1 << 16;  // times the channels of a node
+  static constexpr std::int64_t kNodesWorthAnnealing = 1 << 25;  // times the squared channels
   static constexpr std::int64_t kReporting = 64;
 
   const Problem& problem_;

@@ -60,6 +60,7 @@ class PairwiseDescent {
  private:
   void sum_gradient();
   void restore_sum();
+  double spread(double missing, std::vector<Index> channels);
   void set(Index i, double value);
   bool step();
   bool move(Index up, Index down, double amount);
