@@ -204,7 +204,12 @@ class Search {
   void search() {
     make_core();
     const double before = least_;
-    anneal_core();
+    const std::int64_t most = limits_.nodes > 0 ? kMostUnits : 1;
+    for (std::int64_t units = 1; units <= most; units *= 2) {
+      const double least = least_;
+      anneal_core(units);
+      if (least_ == least) break;
+    }
     if (least_ < before) make_core();
     if (core_.channels.empty()) {
       if (core_.relaxation.total == 0) consider(core_.fixed);
@@ -225,7 +230,7 @@ class Search {
       ++expanded_;
       if (report_ && expanded_ % kReporting == 0) report_(least_, lowest_open());
       const bool power_of_two = (expanded_ & (expanded_ - 1)) == 0;
-      if (power_of_two && effort() >= 1) anneal_core();
+      if (power_of_two && effort() >= 1) anneal_core(effort());
     }
     bound_ = std::max(bound_, std::min(cutoff(), lowest_open()));
   }
@@ -272,11 +277,10 @@ class Search {
     return expanded_ * core_.problem.size * core_.problem.size / kNodesWorthAnnealing;
   }
 
-  void anneal_core() {
+  void anneal_core(std::int64_t units) {
     const Mask start = inner(best_);
     if (weight_of(core_.problem, start) != core_.relaxation.total) return;
-    const std::int64_t proposals =
-        kProposals * core_.problem.size * std::max<std::int64_t>(1, effort());
+    const std::int64_t proposals = units * kProposals * core_.problem.size;
     const Mask found = anneal(core_.problem, start, proposals, seed_ + expanded_, expired_);
     consider(outer(core_swaps_->run(found, checkpoint_)));
   }
@@ -378,7 +382,8 @@ class Search {
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
-  static constexpr std::int64_t kProposals = 2000;
+  static constexpr std::int64_t kProposals = 2000;   // a channel, for a unit of annealing
+  static constexpr std::int64_t kMostUnits = 16;     // before the search
   static constexpr std::int64_t kRounding = 32;
   static constexpr std::int64_t kNodesWorthAnnealing = 1 << 25;  // times the squared channels
   static constexpr std::int64_t kReporting = 64;
