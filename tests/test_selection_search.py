@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ccp_ext import _solver
-from ccp_ext.selection import select
+from ccp_ext.selection import convex, select
+from ccp_ext.selection.quadratic import QuadraticCost
 
 
 def gram(seed, c, samples):
@@ -117,3 +118,54 @@ def test_rounding_is_locally_optimal_and_near_the_best(c):
     assert change.min() >= -1e-10
     best = select(S, u=u, r=c // 2, time_limit=math.inf, node_limit=100)
     assert rounded.objective - best.objective <= 0.01 * (best.random - best.lower_bound)
+
+
+def lowered_cost(c=80, decided=10):
+    S, u = gram(6, c, 2 * c)
+    cost = convex.convexified(QuadraticCost(S, u))
+    free = np.arange(c) >= decided
+    mask = np.arange(c) % 2 == 0
+    return cost, free, convex.lowered_where_free(cost, c // 2, None, mask, free, math.inf)
+
+
+def test_lowering_the_diagonal_changes_no_cost_of_a_mask_and_keeps_the_free_part_convex():
+    cost, free, lowered = lowered_cost()
+    assert np.linalg.eigvalsh(lowered.quadratic[np.ix_(free, free)])[0] >= -lowered.defect
+    change = np.diagonal(cost.quadratic - lowered.quadratic)
+    assert not change[~free].any() and change[free].max() > 0.1 * np.diagonal(cost.quadratic).mean()
+    for mask in np.random.default_rng(0).random((20, len(free))) < 0.5:
+        costs = [_solver.objective(k.quadratic, k.linear, mask) for k in (cost, lowered)]
+        assert costs[0] == pytest.approx(costs[1], rel=1e-12, abs=1e-12)
+
+
+def test_the_lowered_diagonal_takes_a_third_off_the_gap_of_the_root():
+    S, u = gram(6, 120, 240)
+    root = select(S, u=u, r=60, time_limit=math.inf, node_limit=0)
+    plain = _solver.branch_and_bound(S, u, 60, 0.0, math.inf, 0, 0.0, 0)[1]
+    best = select(S, u=u, r=60, time_limit=math.inf, node_limit=500).objective
+    assert best - root.lower_bound <= 0.67 * (best - plain)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_search_with_a_lowered_diagonal_proves_the_true_optimum(monkeypatch, weighted):
+    monkeypatch.setattr(convex, "_SMALLEST_LOWERED", 2)
+    masks = np.array(list(itertools.product((0, 1), repeat=9)))
+    for seed in range(25):
+        S, u = gram(seed, 9, 12)
+        weight = np.random.default_rng(seed).integers(1, 4, 9) if weighted else np.ones(9, int)
+        total = int(weight[seed % 9 :].sum())
+        least = (0.5 * ((masks @ S) * masks).sum(axis=1) - masks @ u)[masks @ weight == total].min()
+        weights = weight if weighted else None
+        for nodes in (0, None):
+            choice = select(
+                S,
+                u=u,
+                r=total,
+                weights=weights,
+                method="branch_and_bound",
+                time_limit=math.inf,
+                node_limit=nodes,
+            )
+            assert choice.lower_bound <= least <= choice.objective + 1e-12
+        assert choice.status == "optimal"
+        assert choice.objective == pytest.approx(least, abs=1e-12)

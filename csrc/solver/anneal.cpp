@@ -75,8 +75,8 @@ class Annealing {
   }
 
   static constexpr std::int64_t kStage = 1024;
-  static constexpr double kHottest = 0.2;   // of the mean absolute change at the start
-  static constexpr double kColdest = 1e-3;  // of the hottest
+  static constexpr double kHottest = 0.05;  // of the mean absolute change at the start
+  static constexpr double kColdest = 0.15;  // of the hottest
   static constexpr double kNever = 30;      // exp(-30) is less than one in 10^13
 
   const Problem& problem_;

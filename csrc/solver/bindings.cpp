@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -141,19 +142,52 @@ Bools enumerate(const Doubles& quadratic, const Doubles& linear, Index r) {
   }));
 }
 
+using Bytes = py::array_t<std::int8_t, py::array::c_style>;
+
+solver::Known to_known(Index size, const std::optional<Bools>& mask,
+                       const std::optional<Bytes>& state, double lower_bound, double tolerance) {
+  solver::Known known{{}, {}, lower_bound, tolerance};
+  if (mask) known.mask = to_mask(*mask, size);
+  if (state) {
+    if (state->ndim() != 1 || state->shape(0) != size) {
+      throw std::invalid_argument("expected state [n]");
+    }
+    known.state.assign(state->data(), state->data() + size);
+  }
+  return known;
+}
+
 py::tuple branch_and_bound(const Doubles& quadratic, const Doubles& linear, Index r, double defect,
                            double time_limit, std::int64_t node_limit, double gap,
                            std::uint64_t seed, const std::optional<Doubles>& weight,
-                           const py::object& progress) {
+                           const py::object& progress, const std::optional<Bools>& mask,
+                           const std::optional<Bytes>& state, double lower_bound,
+                           double tolerance) {
   const solver::Limits limits{deadline_in(time_limit), node_limit, gap};
   const solver::Problem problem = make_problem(quadratic, linear, weight);
   if (!weight) check_count(problem.size, r);
+  const solver::Known known = to_known(problem.size, mask, state, lower_bound, tolerance);
   const solver::Report report = to_report(progress);
   const auto found = without_lock([&](const solver::Checkpoint& checkpoint) {
-    return solver::branch_and_bound(problem, r, defect, limits, seed, report, checkpoint);
+    return solver::branch_and_bound(problem, r, defect, known, limits, seed, report, checkpoint);
   });
+  Bytes decided(static_cast<py::ssize_t>(found.state.size()));
+  std::copy(found.state.begin(), found.state.end(), decided.mutable_data());
   return py::make_tuple(to_array(found.mask), found.lower_bound, found.complete, found.tolerance,
-                        found.nodes);
+                        found.nodes, decided);
+}
+
+Doubles relaxed_minimum(const Doubles& quadratic, const Doubles& linear, Index r,
+                        const Doubles& start, const std::optional<Doubles>& weight) {
+  const solver::Problem problem = make_problem(quadratic, linear, weight);
+  if (start.ndim() != 1 || start.shape(0) != problem.size) {
+    throw std::invalid_argument("expected start [n]");
+  }
+  const std::vector<double> x = without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::relaxed_minimum(problem, r, {start.data(), start.data() + problem.size},
+                                   checkpoint);
+  });
+  return Doubles(static_cast<py::ssize_t>(x.size()), x.data());
 }
 
 Bools round_relaxation(const Doubles& quadratic, const Doubles& linear, Index r, double time_limit,
@@ -233,10 +267,16 @@ PYBIND11_MODULE(_solver, module) {
   module.def("swap_descent", &swap_descent, py::arg("quadratic"), py::arg("linear"),
              py::arg("start"));
   module.def("enumerate", &enumerate, py::arg("quadratic"), py::arg("linear"), py::arg("r"));
-  module.def("branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"),
-             py::arg("r"), py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"),
-             py::arg("gap"), py::arg("seed"), py::arg("weight") = py::none(),
-             py::arg("progress") = py::none(), "(mask, lower bound, complete, tolerance, nodes)");
+  module.def(
+      "branch_and_bound", &branch_and_bound, py::arg("quadratic"), py::arg("linear"), py::arg("r"),
+      py::arg("defect"), py::arg("time_limit"), py::arg("node_limit"), py::arg("gap"),
+      py::arg("seed"), py::arg("weight") = py::none(), py::arg("progress") = py::none(),
+      py::arg("mask") = py::none(), py::arg("state") = py::none(),
+      py::arg("lower_bound") = -std::numeric_limits<double>::infinity(), py::arg("tolerance") = 0.0,
+      "(mask, lower bound, complete, tolerance, nodes, state [n]); a state is 0, 1 or 2, "
+      "which is free. The last four arguments are known from an earlier search.");
+  module.def("relaxed_minimum", &relaxed_minimum, py::arg("quadratic"), py::arg("linear"),
+             py::arg("r"), py::arg("start"), py::arg("weight") = py::none());
   module.def("round_relaxation", &round_relaxation, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("time_limit"), py::arg("weight") = py::none());
   module.def("curve", &curve, py::arg("quadratic"), py::arg("linear"), py::arg("counts"),

@@ -18,6 +18,7 @@ namespace ccp::solver {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kRelaxedPrecision = 1e-4;
 
 double weight_of(const Problem& problem, const Mask& mask) {
   double total = 0;
@@ -61,6 +62,15 @@ struct Node {
   }
 };
 
+// The relaxation of the channels that `state` leaves free.
+struct Root {
+  double bound;
+  std::vector<double> gradient;
+  std::vector<double> capacity;
+  double total;
+  std::vector<char> state;
+};
+
 // The open channels of a node. Those that the branching fixes come last.
 struct Open {
   std::vector<Index> channels;  // of the core
@@ -77,8 +87,8 @@ struct Open {
 
 class Search {
  public:
-  Search(const Problem& problem, Index r, double defect, const Limits& limits, std::uint64_t seed,
-         const Report& report, const Checkpoint& checkpoint)
+  Search(const Problem& problem, Index r, double defect, const Known& known, const Limits& limits,
+         std::uint64_t seed, const Report& report, const Checkpoint& checkpoint)
       : problem_(problem),
         r_(r),
         limits_(limits),
@@ -89,7 +99,11 @@ class Search {
           checkpoint_();
           return std::chrono::steady_clock::now() >= limits_.deadline;
         }),
+        bound_(known.lower_bound),
+        state_(known.state),
         swaps_(problem) {
+    if (!known.mask.empty()) consider(known.mask);
+    if (state_.empty()) state_.assign(problem.size, kFree);
     double rounding = 0;
     for (double error : gradient_error(problem)) rounding += error;
     const double heaviest =
@@ -98,21 +112,19 @@ class Search {
     // Constant, linear terms, gradient and dual value of a node each err by no more than the total.
     // Twice that where dividing by the weights rounds, too.
     slack_ = (heaviest == 1 ? 4 : 8) * rounding + defect * heaviest * std::min(1.0 * r, total - r);
-    tolerance_ = 2 * slack_ + 4 * rounding;
+    tolerance_ = std::max(2 * slack_ + 4 * rounding, known.tolerance);
   }
 
   Certified run() {
-    start();
-    const Relaxed root = solve_root(0.25 * limits_.gap);
-    consider_rounded(root);
-    if (bound_ < cutoff()) search(root);
-    return {best_, std::min(bound_, least_), bound_ >= cutoff(), tolerance_, expanded_};
+    if (best_.empty()) start();
+    solve_root(0.25 * limits_.gap);
+    if (bound_ < cutoff()) search();
+    return {best_, std::min(bound_, least_), bound_ >= cutoff(), tolerance_, expanded_, state_};
   }
 
   Mask round() {
     start();
-    const double scale = std::abs(least_ - problem_.constant);
-    consider_rounded(solve_root(kRoundedPrecision * scale));
+    solve_root(kRoundedPrecision * std::abs(least_ - problem_.constant));
     return best_;
   }
 
@@ -143,34 +155,69 @@ class Search {
     consider(swaps_.run(mask, checkpoint_));
   }
 
-  Relaxed solve_root(double precision) {
-    std::vector<double> x(problem_.weight);
-    for (Index i = 0; i < problem_.size; ++i) x[i] *= best_[i];
-    const Relaxed root = relax(relaxation_of(problem_, r_, scaled_), std::move(x),
-                               {kInfinity, std::max(tolerance_, precision), expired_});
-    bound_ = problem_.constant + root.bound - slack_;
-    return root;
+  // The relaxation of the free channels: a bound, channels that it decides, and a rounded mask.
+  void solve_root(double precision) {
+    const bool whole = std::count(state_.begin(), state_.end(), kFree) == problem_.size;
+    if (!whole) core_ = solver::make_core(problem_, state_, r_);
+    Relaxation relaxation =
+        whole ? relaxation_of(problem_, r_, core_.scaled) : std::move(core_.relaxation);
+    if (!feasible(relaxation)) {
+      bound_ = std::max(bound_, cutoff());
+      return;
+    }
+    root_x_.resize(problem_.size);
+    std::vector<double> x;
+    for (Index i = 0; i < problem_.size; ++i) {
+      root_x_[i] = problem_.weight[i] * (state_[i] == kFree ? best_[i] : state_[i]);
+      if (state_[i] == kFree) x.push_back(root_x_[i]);
+    }
+    const double constant = whole ? problem_.constant : core_.problem.constant;
+    const Relaxed root =
+        relax(relaxation, std::move(x), {kInfinity, std::max(tolerance_, precision), expired_});
+    for (Index i = 0, k = 0; i < problem_.size; ++i) {
+      if (state_[i] == kFree) root_x_[i] = root.x[k++];
+    }
+    consider_rounded();
+    root_ = {constant + root.bound - slack_, root.gradient, relaxation.capacity, relaxation.total,
+             state_};
+    bound_ = std::max(bound_, whole ? root_.bound : std::min(root_.bound, cutoff()));
   }
 
-  void consider_rounded(const Relaxed& root) {
+  void consider_rounded() {
     std::vector<double> distance(problem_.weight);  // from the mask's entries, as they are set
-    for (Index i = 0; i < problem_.size; ++i) distance[i] -= 2 * root.x[i];
+    for (Index i = 0; i < problem_.size; ++i) distance[i] -= 2 * root_x_[i];
     const Mask mask = least_scores(distance, problem_.weight, r_, kMostRoundedAtRoot);
     consider(swaps_.run(mask, checkpoint_));
   }
 
-  void search(const Relaxed& root) {
-    make_core(root);
+  // What the best mask so far lets the root decide.
+  void make_core() {
+    const std::vector<char> decided =
+        reduced_cost_fixing(root_.gradient, root_.capacity, root_.total, cutoff() - root_.bound);
+    for (Index i = 0, k = 0; i < problem_.size; ++i) {
+      if (root_.state[i] == kFree) state_[i] = decided[k++];
+    }
+    core_ = solver::make_core(problem_, state_, r_);
+    core_swaps_ = std::make_unique<SwapDescent>(core_.problem);
+  }
+
+  void search() {
+    make_core();
     const double before = least_;
-    anneal_core();
-    if (least_ < before) make_core(root);
+    const std::int64_t most = limits_.nodes > 0 ? kMostUnits : 1;
+    for (std::int64_t units = 1; units <= most; units *= 2) {
+      const double least = least_;
+      anneal_core(units);
+      if (least_ == least) break;
+    }
+    if (least_ < before) make_core();
     if (core_.channels.empty()) {
       if (core_.relaxation.total == 0) consider(core_.fixed);
       bound_ = std::max(bound_, cutoff());
       return;
     }
     Node first{bound_, 0, std::vector<char>(core_.problem.size, kFree), {}};
-    for (Index i : core_.channels) first.x.push_back(static_cast<float>(root.x[i]));
+    for (Index i : core_.channels) first.x.push_back(static_cast<float>(root_x_[i]));
     keep(std::move(first));
     while (lowest_open() < cutoff()) {
       if (expanded_ >= limits_.nodes || expired_()) break;
@@ -183,17 +230,9 @@ class Search {
       ++expanded_;
       if (report_ && expanded_ % kReporting == 0) report_(least_, lowest_open());
       const bool power_of_two = (expanded_ & (expanded_ - 1)) == 0;
-      if (power_of_two && effort() >= 1) anneal_core();
+      if (power_of_two && effort() >= 1) anneal_core(effort());
     }
     bound_ = std::max(bound_, std::min(cutoff(), lowest_open()));
-  }
-
-  void make_core(const Relaxed& root) {
-    const double total = static_cast<double>(r_);
-    core_ = solver::make_core(
-        problem_, reduced_cost_fixing(root.gradient, problem_.weight, total, cutoff() - bound_),
-        r_);
-    core_swaps_ = std::make_unique<SwapDescent>(core_.problem);
   }
 
   double lowest_open() const {
@@ -234,13 +273,14 @@ class Search {
   }
 
   // What the nodes so far have cost, in units of one annealing.
-  std::int64_t effort() const { return expanded_ * core_.problem.size / kNodesWorthAnnealing; }
+  std::int64_t effort() const {
+    return expanded_ * core_.problem.size * core_.problem.size / kNodesWorthAnnealing;
+  }
 
-  void anneal_core() {
+  void anneal_core(std::int64_t units) {
     const Mask start = inner(best_);
     if (weight_of(core_.problem, start) != core_.relaxation.total) return;
-    const std::int64_t proposals =
-        kProposals * core_.problem.size * std::max<std::int64_t>(1, effort());
+    const std::int64_t proposals = units * kProposals * core_.problem.size;
     const Mask found = anneal(core_.problem, start, proposals, seed_ + expanded_, expired_);
     consider(outer(core_swaps_->run(found, checkpoint_)));
   }
@@ -342,9 +382,10 @@ class Search {
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
-  static constexpr std::int64_t kProposals = 2000;
+  static constexpr std::int64_t kProposals = 2000;   // a channel, for a unit of annealing
+  static constexpr std::int64_t kMostUnits = 16;     // before the search
   static constexpr std::int64_t kRounding = 32;
-  static constexpr std::int64_t kNodesWorthAnnealing = 1 << 16;  // times the channels of a node
+  static constexpr std::int64_t kNodesWorthAnnealing = 1 << 25;  // times the squared channels
   static constexpr std::int64_t kReporting = 64;
 
   const Problem& problem_;
@@ -357,10 +398,12 @@ class Search {
   double slack_;
   double tolerance_;
   double least_ = kInfinity;
-  double bound_ = -kInfinity;
+  double bound_;
   Mask best_;
+  std::vector<char> state_;
+  Root root_;
+  std::vector<double> root_x_;  // of all channels
   SwapDescent swaps_;
-  std::vector<double> scaled_;
   Core core_;
   std::unique_ptr<SwapDescent> core_swaps_;
   std::vector<Node> heap_;
@@ -373,14 +416,31 @@ class Search {
 
 }  // namespace
 
-Certified branch_and_bound(const Problem& problem, Index r, double defect, const Limits& limits,
-                           std::uint64_t seed, const Report& report, const Checkpoint& checkpoint) {
-  return Search(problem, r, defect, limits, seed, report, checkpoint).run();
+Certified branch_and_bound(const Problem& problem, Index r, double defect, const Known& known,
+                           const Limits& limits, std::uint64_t seed, const Report& report,
+                           const Checkpoint& checkpoint) {
+  return Search(problem, r, defect, known, limits, seed, report, checkpoint).run();
 }
 
 Mask round_relaxation(const Problem& problem, Index r, const Limits& limits,
                       const Checkpoint& checkpoint) {
-  return Search(problem, r, 0, limits, 0, nullptr, checkpoint).round();
+  const Known nothing{{}, {}, -kInfinity, 0};
+  return Search(problem, r, 0, nothing, limits, 0, nullptr, checkpoint).round();
+}
+
+std::vector<double> relaxed_minimum(const Problem& problem, Index r, std::vector<double> start,
+                                    const Checkpoint& checkpoint) {
+  std::vector<double> scaled;
+  for (Index i = 0; i < problem.size; ++i) start[i] *= problem.weight[i];
+  PairwiseDescent descent(relaxation_of(problem, r, scaled), std::move(start));
+  const Expired never = [&] {
+    checkpoint();
+    return false;
+  };
+  descent.run({kInfinity, kRelaxedPrecision * std::abs(descent.conjugate()), never});
+  std::vector<double> x = descent.x();
+  for (Index i = 0; i < problem.size; ++i) x[i] /= problem.weight[i];
+  return x;
 }
 
 }  // namespace ccp::solver

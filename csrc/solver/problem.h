@@ -89,19 +89,36 @@ struct Limits {
   double gap;          // the search may leave masks that are better by no more than this
 };
 
+constexpr char kFree = 2;  // beside 0 and 1, of a channel that is not decided
+
 struct Certified {
   Mask mask;
-  double lower_bound;  // on every mask with r ones; lowered by the rounding errors
-  bool complete;       // no mask is better by more than max(gap, tolerance)
-  double tolerance;    // what rounding leaves open
-  std::int64_t nodes;  // expanded
+  double lower_bound;       // on every mask with r ones; lowered by the rounding errors
+  bool complete;            // no mask is better by more than max(gap, tolerance)
+  double tolerance;         // what rounding leaves open
+  std::int64_t nodes;       // expanded
+  std::vector<char> state;  // 0, 1 or kFree: every mask that differs costs lower_bound or more
 };
 
-// Branch and bound for an S whose least eigenvalue is -defect or more, defect >= 0, from greedy,
-// swap descent, rounded relaxations and annealing. Best bound first. There must be a mask of
-// weight r.
-Certified branch_and_bound(const Problem& problem, Index r, double defect, const Limits& limits,
-                           std::uint64_t seed, const Report& report, const Checkpoint& checkpoint);
+// What is known before a search of the same costs begins; each may be empty or infinite.
+struct Known {
+  Mask mask;                // of weight r
+  std::vector<char> state;  // as in the result of a search with the same gap
+  double lower_bound;
+  double tolerance;  // that of the search which found the state
+};
+
+// Branch and bound, best bound first, for an S whose least eigenvalue among the free channels is
+// -defect or more, defect >= 0. It starts from the known mask, or else from greedy and swap
+// descent, and improves it by rounded relaxations and annealing. There must be a mask of weight r.
+Certified branch_and_bound(const Problem& problem, Index r, double defect, const Known& known,
+                           const Limits& limits, std::uint64_t seed, const Report& report,
+                           const Checkpoint& checkpoint);
+
+// The minimum of the cost over the box and over weight r, to a relative precision of 1e-4, from
+// `start`. The S of the channels strictly between 0 and 1 must be positive semidefinite.
+std::vector<double> relaxed_minimum(const Problem& problem, Index r, std::vector<double> start,
+                                    const Checkpoint& checkpoint);
 
 // The relaxation's solution, rounded, and swap descent from there. S should be positive
 // semidefinite, but the mask is one of weight r for any S.

@@ -101,19 +101,26 @@ void PairwiseDescent::sum_gradient() {
   up_ = -1;
 }
 
-// Fractional channels first, then those whose gradient asks for it most.
+// Fractional channels first, then the others, those first whose gradient asks for it most.
 void PairwiseDescent::restore_sum() {
   double missing = problem_.total - std::accumulate(x_.begin(), x_.end(), 0.0);
   if (missing == 0) return;
+  std::vector<Index> fractional, others;
+  for (Index i = 0; i < problem_.size; ++i) {
+    (rise_[i] == 0 && fall_[i] == 0 ? fractional : others).push_back(i);
+  }
+  missing = spread(missing, std::move(fractional));
+  if (missing != 0) spread(missing, std::move(others));
+  up_ = -1;
+  if (updates_ >= problem_.size) sum_gradient();
+}
+
+// Adds to the channels, in the order of their gradients; returns what is left.
+double PairwiseDescent::spread(double missing, std::vector<Index> channels) {
   const double sign = missing > 0 ? 1 : -1;
-  std::vector<Index> order(problem_.size);
-  std::iota(order.begin(), order.end(), Index{0});
-  const auto fractional = [&](Index i) { return rise_[i] == 0 && fall_[i] == 0; };
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) {
-    if (fractional(a) != fractional(b)) return fractional(a);
-    return sign * gradient_[a] < sign * gradient_[b];
-  });
-  for (Index i : order) {
+  std::stable_sort(channels.begin(), channels.end(),
+                   [&](Index a, Index b) { return sign * gradient_[a] < sign * gradient_[b]; });
+  for (Index i : channels) {
     const double moved = std::clamp(x_[i] + missing, 0.0, problem_.capacity[i]);
     const double change = moved - x_[i];
     if (change != 0) {
@@ -122,10 +129,9 @@ void PairwiseDescent::restore_sum() {
       set(i, moved);
     }
     missing -= change;
-    if (sign * missing <= 0) break;
+    if (sign * missing <= 0) return 0;
   }
-  up_ = -1;
-  if (updates_ >= problem_.size) sum_gradient();
+  return missing;
 }
 
 // Moves weight between the two channels that gain most; false if no pair gains.

@@ -60,6 +60,7 @@ class PairwiseDescent {
  private:
   void sum_gradient();
   void restore_sum();
+  double spread(double missing, std::vector<Index> channels);
   void set(Index i, double value);
   bool step();
   bool move(Index up, Index down, double amount);
@@ -81,7 +82,6 @@ Relaxed relax(Relaxation problem, std::vector<double> start, const Target& targe
 
 // The channels that a bound decides: forcing the other value would raise it by `room` or more.
 // 0 or 1 where decided, kFree elsewhere.
-constexpr char kFree = 2;
 std::vector<char> reduced_cost_fixing(const std::vector<double>& gradient,
                                       const std::vector<double>& capacity, double total,
                                       double room);
