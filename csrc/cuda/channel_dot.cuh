@@ -119,10 +119,13 @@ struct ChannelsLastTraits {
   static constexpr int kVector = kVector_;
 };
 
+// Blocks on a multiprocessor. Left to itself the compiler aims higher on some GPUs, and spills.
+constexpr int kChannelsLastBlocks = 2;
+
 // A block's threads stand channel_threads wide along the channels, the others along the positions
 // of one part. Writes sums[part, sample, channel].
 template <class Traits>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kChannelsLastBlocks)
     channel_dot_channels_last(ChannelDotParams params, ChannelDotLaunch launch, void* sums) {
   using T = typename Traits::T;
   using Acc = Accumulator<T>;
