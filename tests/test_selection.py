@@ -522,6 +522,8 @@ from ccp_ext import _solver
 
 a = np.random.default_rng(0).normal(size=(200, 60))
 b = np.random.default_rng(1).normal(size=(150, 150))
+# A test run in the background of a shell has the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     {call}
