@@ -66,7 +66,7 @@ __device__ __forceinline__ void for_each_value(const T* map, MapSide side,
 }
 
 // Blocks on a multiprocessor. Left to itself the compiler aims higher on some GPUs, and spills.
-constexpr int kRowMomentBlocks = 6;
+constexpr int kRowMomentBlocks = 5;
 constexpr int kChannelsLastMomentBlocks = 3;
 
 // One warp a map. The mean is found relative to the map's first value, so that a constant map has
