@@ -60,7 +60,7 @@ void add_tiles(const WeightedGramParams& params, int64_t first, int64_t last,
     const auto pack_one = [&](int64_t panel) {
       const int64_t offset = panel * packed.panel_size;
       pack(params, params.sigma ? weights.data() : nullptr, begin, depth, panel,
-           packed.plain.get() + offset, packed.scaled.get() + offset);
+           packed.plain.get() + offset, params.sigma ? packed.scaled.get() + offset : nullptr);
     };
     for (int64_t panel = first_panel; panel <= end_tile.column; ++panel) pack_one(panel);
     const Acc* right = packed.plain.get();

@@ -110,7 +110,7 @@ struct GramPanels {
 
 // A block's shared memory: two stages of panels, then the finished tile.
 template <class Acc>
-union GramShared {
+union alignas(16) GramShared {
   GramPanels<Acc> panels[2];
   Acc tile[kGramTile][kGramTile + 1];  // padded: columns are read as fast as rows
 };

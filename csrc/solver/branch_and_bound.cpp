@@ -152,7 +152,7 @@ class Search {
     }
     const Mask mask = least_scores(alone, problem_.weight, r_, kMostRoundedAtRoot);
     if (mask.empty()) throw std::invalid_argument("no mask of this weight was found");
-    consider(swaps_.run(mask, checkpoint_));
+    if (!mask.empty()) consider(swaps_.run(mask, checkpoint_));
   }
 
   // The relaxation of the free channels: a bound, channels that it decides, and a rounded mask.
