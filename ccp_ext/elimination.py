@@ -123,8 +123,9 @@ class Elimination:
         scopes = list(self._scopes)
         for name, buckets in self._steps:
             for bucket in buckets:
-                own = single[name] if bucket is buckets[0] else np.zeros_like(single[name])
-                table = self._eliminate(name, bucket, own, factors, scopes, multiplier)
+                first = bucket is buckets[0]
+                own = single[name] if first else np.zeros_like(single[name])
+                table = self._eliminate(name, bucket, own, factors, scopes, multiplier, first)
                 factors.append(table)
                 scopes.append(bucket.scope + bucket.links)
         minimum = multiplier * self._constant
@@ -236,14 +237,18 @@ class Elimination:
         factors: Sequence[np.ndarray],
         scopes: Sequence[tuple[str, ...]],
         multiplier: float,
+        first: bool,
     ) -> np.ndarray:
-        """The minimum over the group's widths, a table over ``bucket.scope + bucket.links``."""
+        """The minimum over the group's widths, a table over ``bucket.scope + bucket.links``.
+
+        Each product counts once: in the group's ``first`` bucket.
+        """
         points, products = self._widths[name], self._products[name]
         order = (*bucket.scope, name)
         total = _laid_out(own, (name,), order)
         for k in bucket.factors:
             total = total + _laid_out(factors[k], scopes[k], order)
-        if bucket.factors:
+        if first:
             for other in bucket.scope:
                 if other in products:
                     pair = multiplier * products[other] * np.outer(self._widths[other], points)

@@ -267,6 +267,9 @@ class _Run:
         loss_sum, correct = 0.0, 0
         with self._heads_attached(), tqdm(batches, title, steps, disable=not self.progress) as bar:
             for step, (x, y) in enumerate(bar):
+                if len(x) < 2 <= count:  # BatchNorm needs two values
+                    count -= 1
+                    continue
                 rate = self._set_learning_rate(epoch, step, steps)
                 loss, hits = self._step(x, y)
                 if not math.isfinite(loss):

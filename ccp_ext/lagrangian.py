@@ -112,7 +112,7 @@ def solve(program: Program, lower_values: Vectors, limit: int = TABLE_LIMIT) -> 
         found = [best, *(improved(point.chosen) for point in dual.nearest())]
         best = min(found, key=lambda chosen: (upper.objective(chosen), upper.cost(chosen)))
         if not _same(upper, lower):
-            dual = _Dual(lower, reference, limit, near=dual.best.multiplier)
+            dual = _Dual(lower, reference, limit, near=dual.best.multiplier or None)
             dual.maximise()
         if dual.best.bound > bound:
             bound, multiplier, relaxed = dual.best.bound, dual.best.multiplier, dual.relaxed
@@ -333,9 +333,13 @@ class _Moves:
         if not gain.flat[best] > 1e-12 * max(abs(self._value(name)) for name in names):
             return False
         positions = np.unravel_index(best, gain.shape)
-        for name, first, position in zip(names, start, positions, strict=True):
-            self.chosen[name] = first + int(position)
-            self._keep[name] = int(self._program.widths[name][self.chosen[name]])
+        moved = {n: f + int(p) for n, f, p in zip(names, start, positions, strict=True)}
+        keep = {name: int(self._program.widths[name][k]) for name, k in moved.items()}
+        # The change of a cost in floating point is not exact to the last bit.
+        if self._program.resource({**self._keep, **keep}) > self._program.budget:
+            return False
+        self.chosen |= moved
+        self._keep |= keep
         self._set_slack()
         return True
 

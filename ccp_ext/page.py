@@ -110,8 +110,8 @@ def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
             "Ranks",
             _figure(
                 svg.ranges("Rank of each criterion", "mean rank (1 is best)", ranks, first=1),
-                "By accuracy on the report half, anew for each budget, repair and seed; the bars "
-                "are one standard deviation to each side.",
+                "By accuracy on the selection half, anew for each budget, repair and seed; the "
+                "bars are one standard deviation to each side.",
             ),
             _table("Ranks", result["ranks"]),
         ),
@@ -165,10 +165,13 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
 
 
 def _forecast(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the criterion foresaw, if it foresees the loss."""
+    """The criterion's objective, and what the loss did."""
     if not rows:
         return ""
-    note = "The objective beside the change of the mean loss on the images of the statistics."
+    note = (
+        "The criterion's objective (of ccp: half the mean squared change of the logits) beside the "
+        "change of the mean loss on the images of the statistics."
+    )
     return _section("Forecast", _paragraph(note), _table("Forecast of each round", rows))
 
 
@@ -349,6 +352,8 @@ def _image(pixels: np.ndarray, kind: str, description: str) -> str:
 def _png(pixels: np.ndarray) -> bytes:
     """uint8 ``[H, W]``, ``[H, W, 1]`` (grey) or ``[H, W, 3]`` as a PNG file."""
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels[..., :1]  # of images with other channels the first
     height, width, channels = pixels.shape
     header = struct.pack(">2I5B", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(pixels))

@@ -109,7 +109,12 @@ class PruneSettings:
             )
         if self.latency_table is not None and self.latency is None:
             raise InputError("latency_table is given, but the budget is not a latency")
-        repair.parse(self.repair)
+        steps = repair.parse(self.repair)
+        if self.rounds > 1 and {"fold", "refit"} <= set(steps):
+            raise InputError("repair: fold after a refit of an earlier round has no meaning")
+        if self.finetune is None and (self.distil or self.auxiliary_heads):
+            option = "distil" if self.distil else "auxiliary_heads"
+            raise InputError(f"{option} is given, but there is no fine-tuning (epochs)")
         lowest = {"images": 1, "batch_size": 1, "repair_images": 1, "rounds": 1, "seed": 0}
         lowest |= {"auxiliary_heads": 0}
         for name, low in lowest.items():
@@ -136,7 +141,7 @@ def run(
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
         for each round what the criterion foresaw and what the loss on the images of the statistics
-        became (empty for a criterion without data)}.
+        became (empty for a criterion without gradient statistics)}.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend; nothing is written
@@ -224,7 +229,9 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         self.forecast: list[dict[str, Any]] = self.folder.read("forecast.json", list) or []
-        self.images = sample(self.inputs.train, self.settings.images, self.settings.seed)
+        self.images = sample(
+            self.inputs.train, self.settings.images, self.settings.seed, "statistics"
+        )
         self.plain = copy.deepcopy(self.inputs.model)
 
     def run(self, number: int) -> None:
@@ -239,7 +246,7 @@ class _Rounds:
         self.plan = plan if self.plan is None else self.plan.then(plan)
         last = "" if number == settings.rounds else f", round {number}"
         self.recorder.record(f"pruned{last}", model)
-        images = sample(self.inputs.train, settings.repair_images, settings.seed + 1)
+        images = sample(self.inputs.train, settings.repair_images, settings.seed, "repair")
         for step in repair.parse(settings.repair):
             repair.apply(
                 step,
@@ -289,7 +296,11 @@ class _Rounds:
 
     @contextlib.contextmanager
     def _forecast(self, number: int, plan: PruningPlan) -> Iterator[None]:
-        """Note what the criterion foresees of the surgery within, and what the loss does."""
+        """Note the criterion's objective of the surgery within, and what the loss does.
+
+        Their units agree only for a criterion that foresees the loss; ccp's objective is half the
+        mean squared change of the logits.
+        """
         known = any(row["round"] == number for row in self.forecast)
         if known or self.criterion.statistics() is None:
             yield
@@ -501,9 +512,14 @@ class _Recorder:
         self.say(f"{stage}: test accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
 
 
-def sample(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """``count`` images drawn without replacement (all of them, shuffled, if there are fewer)."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+def sample(images: ImageSet, count: int, seed: int, purpose: str) -> ImageSet:
+    """``count`` images drawn without replacement (all of them, shuffled, if there are fewer).
+
+    Draws of different seeds or purposes are independent.
+    """
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    order = torch.randperm(len(images), generator=generator)
     return images.subset(order[:count])
 
 

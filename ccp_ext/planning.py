@@ -112,7 +112,7 @@ def make_plan(
         refined = _refine(graph, joint, masks, found, latency_table, allowed_counts(graph, **rules))
         masks = refined.removed
         objectives = {name: costs[name].objective(mask) for name, mask in masks.items()}
-        summary |= _walk(refined)
+        summary = _joint_summary(summary, refined)
     note = {
         **(record or {}),
         "budget": {name: value for name, value in budget.items() if value is not None},
@@ -149,10 +149,17 @@ def _refine(
     return refine(graph, joint, masks, resource=resource, budget=found.budget, counts=counts)
 
 
-def _walk(refined: Refinement) -> dict[str, Any]:
-    """What the plan says of the joint descent, beside the choice that it began with."""
-    names = ("start", "objective", "exchanges", "transfers", "chains", "status")
-    return {"joint": {name: getattr(refined, name) for name in names}}
+def _joint_summary(summary: Mapping[str, Any], refined: Refinement) -> dict[str, Any]:
+    """What the plan says of the whole after the joint descent: the objective is the joint cost."""
+    kept = ("kind", "budget")
+    names = ("start", "exchanges", "transfers", "chains", "status")
+    walk = {name: getattr(refined, name) for name in names}
+    return {
+        "method": "joint",
+        **{name: summary[name] for name in kept},
+        "objective": refined.objective,
+        "joint": walk,
+    }
 
 
 def _curves(costs: Mapping[str, Cost], allowed: Mapping[str, list[int]]) -> dict[str, Curve]:

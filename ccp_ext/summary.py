@@ -20,7 +20,7 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Every number of a row appears as its mean, and the accuracies and losses also as their sample
     standard deviation under "... spread" (None for a single seed). "mark" is "best" for the
-    highest mean accuracy on the report half at that budget and repair, "close" where the
+    highest mean accuracy on the selection half at that budget and repair, "close" where the
     difference to it is at most the larger of the two spreads, and "" for the others. Within a
     budget and repair the best come first.
     """
@@ -33,18 +33,18 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _ranked(cell: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     entries = sorted(
-        (_average(rows) for rows in cell.values()), key=lambda e: -e["report accuracy"]
+        (_average(rows) for rows in cell.values()), key=lambda e: -e["selection accuracy"]
     )
     best = entries[0]
     for entry in entries:
-        spread = max(e["report accuracy spread"] or 0.0 for e in (best, entry))
-        close = best["report accuracy"] - entry["report accuracy"] <= spread
+        spread = max(e["selection accuracy spread"] or 0.0 for e in (best, entry))
+        close = best["selection accuracy"] - entry["selection accuracy"] <= spread
         entry["mark"] = "best" if entry is best else "close" if close else ""
     return entries
 
 
 def rank(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where each arm stands among the others, 1 the best, by its accuracy on the report half.
+    """Where each arm stands among the others, 1 the best, by its accuracy on the selection half.
 
     Arms are ranked anew for each budget, repair and seed; equal accuracies share their mean rank.
 
@@ -58,7 +58,7 @@ def rank(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         races.setdefault(race, []).append(row)
     ranks: dict[str, list[float]] = {}
     for race in races.values():
-        accuracies = [row["report accuracy"] for row in race]
+        accuracies = [row["selection accuracy"] for row in race]
         for row, mine in zip(race, accuracies, strict=True):
             better, equal = sum(a > mine for a in accuracies), accuracies.count(mine)
             ranks.setdefault(row["criterion"], []).append(better + (equal + 1) / 2)
@@ -81,8 +81,10 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [row[name] for row in rows]
         if name == "seed":
             entry["seeds"] = len(values)
-        elif name == "budget" or not isinstance(first, int | float):
+        elif name == "budget" or not isinstance(first, int | float | None):
             entry[name] = first
+        elif None in values:
+            entry[name] = None
         else:
             entry[name] = statistics.fmean(values)
         if name.endswith(("accuracy", "loss")):
@@ -127,13 +129,13 @@ def explanation(result: Mapping[str, Any]) -> str:
     memory = "; ".join(dict.fromkeys(row["memory"] for row in result["rows"]))
     return (
         f"{settings['model']}: {settings['images']:,} training images for the statistics, "
-        f"{settings['repair_images']:,} for the re-estimation, {seeds} "
+        f"{settings['repair_images']:,} for the repair, {seeds} "
         f"seed{'s' if seeds > 1 else ''} (mean ± standard deviation). The unpruned model has "
         f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
         f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
-        "% on all. best: the highest mean on the report half; close: behind it by no more than the "
-        f"larger of the two spreads. The spread is that of the seeds; the {report_images:,} report "
-        "images themselves leave a standard error of about "
+        "% on all. best: the highest mean on the selection half; close: behind it by no more than "
+        f"the larger of the two spreads. The spread is that of the seeds; the {report_images:,} "
+        "report images themselves leave a standard error of about "
         f"{_standard_error(result):.1f} points. Memory: {memory}."
     )
 

@@ -70,6 +70,12 @@ def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
     assert len({row["loss"] for row in stages}) == len(names)
 
 
+@pytest.mark.parametrize("option", ["--distil", "--auxiliary-heads=2"])
+def test_options_of_fine_tuning_without_epochs_are_refused(option, inputs, tmp_path, capsys):
+    error = complaint(capsys, [*prune_command(inputs, tmp_path / "run"), option])
+    assert "is given, but there is no fine-tuning (epochs)" in error
+
+
 @pytest.mark.gpu
 def test_prune_on_a_gpu(cuda, inputs, tmp_path):
     assert cli.main(prune_command(inputs, tmp_path / "run", epochs=1, device=cuda)) == 0

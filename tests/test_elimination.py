@@ -124,3 +124,29 @@ def test_relaxed_products_are_exact_at_the_reference():
     elimination = Elimination(widths, resource, reference, limit=0)
     assert elimination.relaxed == 3
     assert elimination.minimise(values, 0.5)[0] == pytest.approx(3 + 0.5 * (1 + 30 + 105 + 21))
+
+
+@pytest.mark.parametrize("limit", [4, 8, 12, 27])
+def test_the_bound_holds_where_a_group_is_eliminated_in_several_parts(limit):
+    rng = np.random.default_rng(limit)
+    several = 0
+    for _ in range(40):
+        names = [f"g{k}" for k in range(int(rng.integers(6, 9)))]
+        widths = {
+            n: np.sort(rng.choice(np.arange(1, 20), int(rng.integers(2, 4)), replace=False))
+            for n in names
+        }
+        pairs = [p for p in itertools.combinations(names, 2) if rng.random() < 0.8]
+        products = {pair: float(rng.integers(1, 10)) for pair in pairs}
+        resource = Resource(1.0, {n: float(rng.integers(0, 5)) for n in names}, products)
+        values = {n: -rng.random(len(w)) * rng.integers(1, 2000) for n, w in widths.items()}
+        reference = {n: int(w[rng.integers(len(w))]) for n, w in widths.items()}
+        multiplier = float(3 * rng.random())
+        elimination = Elimination(widths, resource, reference, limit)
+        bound, _ = elimination.minimise(values, multiplier)
+        grids = dict(zip(names, np.meshgrid(*widths.values(), indexing="ij"), strict=True))
+        own = np.meshgrid(*values.values(), indexing="ij")
+        least = (sum(own) + multiplier * resource(grids)).min()
+        assert bound <= least + 1e-9 * abs(least)
+        several += any(len(buckets) > 1 for _, buckets in elimination._steps)
+    assert several

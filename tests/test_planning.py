@@ -96,7 +96,8 @@ def test_joint_plans_cost_the_whole_network_no_more_than_where_they_begin(graph,
     )
     before, after = (cost.objective(removed_masks(plan)) for plan in (optimal, joint))
     found = joint.record["allocation"]["joint"]
-    assert found["start"] == pytest.approx(before) and found["objective"] == pytest.approx(after)
+    assert found["start"] == pytest.approx(before)
+    assert joint.record["allocation"]["objective"] == pytest.approx(after)
     assert after < before and found["exchanges"] > 0
     if "macs" in budget:
         assert joint.forecast["macs_after"] <= 0.5 * joint.forecast["macs_before"]

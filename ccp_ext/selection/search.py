@@ -117,11 +117,11 @@ def select(
             - "auto" is "exact" where that is possible and otherwise "branch_and_bound".
             Where items (channels or groups) differ in weight, "auto", "branch_and_bound" and
             "round" remain.
-        time_limit: seconds for "branch_and_bound", from the call on. A search that ends before is
-            deterministic; one that the clock stops has seen a part of the tree that depends on the
-            machine, and its mask and bound may differ from run to run. ``time_limit=math.inf`` with
-            a ``node_limit`` is reproducible. One factorisation of F and the first rounding are made
-            in any case.
+        time_limit: seconds for "branch_and_bound", from the call on. Under a finite one, how much
+            goes into the bound and how much of the tree is seen depend on the machine, and unless
+            the mask is proven optimal it may differ from run to run, as the bound may.
+            ``time_limit=math.inf`` with a ``node_limit`` is reproducible. One factorisation of F
+            and the first rounding are made in any case.
         gap: the search may stop once ``removed`` is proven to be within this much of the minimum
             (absolute, in units of the cost).
         node_limit: nodes of the tree to branch at, at most; 0 leaves the relaxation of the whole
