@@ -18,7 +18,6 @@ from ccp_ext.datasets import ImageSet
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import trace
-from ccp_ext.pipeline import gather
 from ccp_ext.planning import make_plan
 from ccp_ext.report import table
 
@@ -82,7 +81,7 @@ class _Bench:
         model = copy.deepcopy(plain)
         graph = trace(model, self.batch[:1]).inner
         chosen = criteria.get(criterion, criteria.Options(seed=seed))
-        stats = gather(model, graph, chosen, self.train, progress=self.progress)
+        stats = criteria.gather(model, graph, chosen, self.train, progress=self.progress)
         plan = make_plan(graph, chosen.costs(model, graph, stats), macs=BUDGET)
         surgery.prune(model, plan)
         reestimate_batchnorm(model, self.train.batches(128), progress=self.progress)
