@@ -9,13 +9,13 @@ from __future__ import annotations
 from ccp_ext import criteria, datasets, finetune, measure, models, ops, reference
 from ccp_ext._build import build_info, usable_devices
 from ccp_ext.allocation import Allocation, allocate
+from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.graph import ChannelGraph, Tap, trace
 from ccp_ext.joint import JointCost, Refinement, refine
-from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import make_plan
 from ccp_ext.selection import Choice, select

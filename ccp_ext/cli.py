@@ -148,8 +148,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from ccp_ext import compare, page, summary
-    from ccp_ext.report import table
+    from ccp_ext import compare
+    from ccp_ext.report import page, summary, table
 
     settings = compare.CompareSettings(
         model=options.model,
@@ -176,7 +176,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ccp_ext import page
+    from ccp_ext.report import page
 
     print(page.write(options.folder, options.output))
 

@@ -41,7 +41,7 @@ from ccp_ext.pipeline import (
 )
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
-from ccp_ext.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
+from ccp_ext.report.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
 
 CONTROL = "random"
 FINETUNE = "finetune"

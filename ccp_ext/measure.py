@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ccp_ext.allocation.latency import LatencyTable, LayerTimes
 from ccp_ext.cutting import CONVOLUTIONS, Cut, cut_attributes, cut_tensors, is_depthwise
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import training_flags_kept
-from ccp_ext.latency import LatencyTable, LayerTimes
 
 if TYPE_CHECKING:
     from ccp_ext.graph import ChannelGraph

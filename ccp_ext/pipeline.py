@@ -20,7 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ccp_ext import criteria, datasets, files, measure, repair, snapshot, surgery
+from ccp_ext import criteria, datasets, files, measure, repair, surgery
+from ccp_ext.allocation.latency import LatencyTable
+from ccp_ext.allocation.rounds import Schedule
 from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.datasets import ImageSet
@@ -29,10 +31,9 @@ from ccp_ext.evaluation import evaluate, place
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
 from ccp_ext.joint import JointCost
-from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
-from ccp_ext.rounds import Schedule
+from ccp_ext.report import snapshot
 from ccp_ext.statistics import Statistics, collect
 
 BUDGETS = ("macs", "params", "activations", "latency", "ratio")
@@ -48,8 +49,8 @@ class PruneSettings:
         model, weights, data: see :mod:`ccp_ext.checkpoints` and :func:`ccp_ext.datasets.load`.
         macs, params, activations, latency, ratio: the budget, exactly one of them; see
             :func:`ccp_ext.allocation.allocate`.
-        latency_table: file of a :class:`ccp_ext.latency.LatencyTable`; None for one that is
-            measured for a single image on the device of the run.
+        latency_table: file of a :class:`ccp_ext.LatencyTable`; None for one that is measured for a
+            single image on the device of the run.
         allocation: "uniform", "optimal" or "joint"; see :func:`ccp_ext.make_plan`.
         multiple, minimum: of the counts kept.
         rounds: the budget is reached in so many steps, with statistics anew before each.
@@ -133,7 +134,7 @@ def run(
     """Prune, repair, evaluate and save; an interrupted run goes on where it stopped.
 
     Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
-    ``snapshot.safetensors`` (what :mod:`ccp_ext.page` shows of the statistics) and ``report.json``
+    ``snapshot.safetensors`` (what the report's page shows of the statistics) and ``report.json``
     (last, so a report means that the rest is whole), ``latency.json`` if it measured a latency
     table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt`` and
     ``finetune.pt``, and with several rounds a plan of each.

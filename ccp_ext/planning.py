@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ccp_ext.allocation import Allocation, allocate, allowed_counts
+from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.joint import JointCost, Refinement, refine
-from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 from ccp_ext.selection import Curve
 from ccp_ext.statistics import Statistics

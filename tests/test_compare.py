@@ -18,7 +18,7 @@ from ccp_ext.compare import Arm, CompareSettings, _halves, compare
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
-from ccp_ext.summary import rank, summarise, tables
+from ccp_ext.report.summary import rank, summarise, tables
 
 
 def settings(inputs, **changes) -> CompareSettings:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ccp_ext import _solver
-from ccp_ext.elimination import Elimination
-from ccp_ext.resource import Affine, Resource, Table
+from ccp_ext.allocation.elimination import Elimination
+from ccp_ext.allocation.resource import Affine, Resource, Table
 
 
 @pytest.mark.parametrize("rows, repeat", [(1, 1), (1, 4), (3, 1), (3, 5)])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ccp_ext import JointCost, collect, joint, refine, trace
+from ccp_ext.allocation.resource import Resource
 from ccp_ext.errors import InputError
-from ccp_ext.resource import Resource
 from tests.small_networks import Shared, lively
 
 WIDTHS = {"a": 4, "b": 5, "c": 3}

@@ -8,9 +8,9 @@ from torch import nn
 
 from ccp_ext import measure, models, surgery
 from ccp_ext.allocation import allocate
+from ccp_ext.allocation.latency import LatencyTable, LayerTimes, _Staircase
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
-from ccp_ext.latency import LatencyTable, LayerTimes, _Staircase
 from ccp_ext.plan import PruningPlan
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from benchmarks.allocation import synthetic_curves
 from benchmarks.resnet50 import ResNet50
 from ccp_ext.allocation import Allocation, allocate
+from ccp_ext.allocation.lagrangian import Program, solve
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
-from ccp_ext.lagrangian import Program, solve
 
 
 @dataclass

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from ccp_ext import cli, models, page, snapshot, svg, trace
+from ccp_ext import cli, models, trace
 from ccp_ext.cost import Cost
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.plan import PruningPlan
+from ccp_ext.report import page, snapshot, svg
 from ccp_ext.statistics import collect
 
 VOID = {"meta", "img", "br", "circle", "line", "polyline", "polygon", "path"}

@@ -11,10 +11,10 @@ from torch import nn
 
 from ccp_ext import models, surgery
 from ccp_ext.allocation import allocate
+from ccp_ext.allocation.rounds import Schedule
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
 from ccp_ext.plan import PruningPlan
-from ccp_ext.rounds import Schedule
 
 SHAPE = (1, 3, 16, 16)
 RULES = {"multiple": 1, "minimum": 1}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from ccp_ext.allocation.resource import Affine, Resource
 from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
-from ccp_ext.resource import Affine, Resource
 
 SCOPES = ("inner", "coupled", "all")
 RESOURCES = ("macs", "params", "activations")

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccp_ext import files, summary, svg
+from ccp_ext import files
 from ccp_ext.errors import InputError
 from ccp_ext.ops import map_similarity
 from ccp_ext.plan import PruningPlan
-from ccp_ext.report import cell
-from ccp_ext.snapshot import Snapshot
+from ccp_ext.report import summary, svg
+from ccp_ext.report.snapshot import Snapshot
+from ccp_ext.report.tables import cell
 
 PAIRS = 4
 _MATRIX = 256  # pixels a side; wider ones are averaged

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccp_ext import _solver
-from ccp_ext.resource import Resource, Table
+from ccp_ext.allocation.resource import Resource, Table
 
 # 32 MiB of float64: two streams of 1024 and 2048 channels, every width of each, fit.
 TABLE_LIMIT = 2**22

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ccp_ext.report import table
+from ccp_ext.report.tables import table
 
 PARTS = ("selection", "report", "all")
 COSTS = ("statistics", "choice", "repair")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccp_ext.allocation import allocate
+from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.graph import ChannelGraph, Group
-from ccp_ext.latency import LatencyTable
 from ccp_ext.plan import PruningPlan
 
 

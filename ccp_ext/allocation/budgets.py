@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ccp_ext.allocation.lagrangian import Program, cheapest, solve
+from ccp_ext.allocation.latency import LatencyTable
+from ccp_ext.allocation.resource import Resource
 from ccp_ext.errors import InputError
-from ccp_ext.lagrangian import Program, cheapest, solve
-from ccp_ext.latency import LatencyTable
-from ccp_ext.resource import Resource
 
 # Absorbs the binary rounding of decimal fractions: 0.29 * 100 channels are 29.
 _ROUNDING = 1e-9
@@ -67,7 +67,7 @@ class Allocation:
             which the bound was found: about as much as the objective falls for one unit more.
         relaxed: how many terms of the cost had to be relaxed for the bound, because the exact
             computation would need tables of more than
-            :data:`ccp_ext.elimination.TABLE_LIMIT` entries; 0 for most networks.
+            :data:`ccp_ext.allocation.elimination.TABLE_LIMIT` entries; 0 for most networks.
     """
 
     keep: dict[str, int]

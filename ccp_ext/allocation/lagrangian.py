@@ -1,9 +1,9 @@
 """min over widths n of  sum_g f_g(n_g)  subject to  cost(n) <= budget, with a bound.
 
 For every multiplier >= 0 the minimum of sum f + multiplier * (cost - budget) bounds the problem
-from below (Lagrangian duality; H. Everett, 1963), and :mod:`ccp_ext.elimination` finds it exactly.
-The best multiplier gives the bound; the widths seen on the way, improved by exchanges between two
-groups, give the solution.
+from below (Lagrangian duality; H. Everett, 1963), and :mod:`~ccp_ext.allocation.elimination` finds
+it exactly. The best multiplier gives the bound; the widths seen on the way, improved by exchanges
+between two groups, give the solution.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ccp_ext.elimination import TABLE_LIMIT, Elimination, Vectors
-from ccp_ext.resource import Resource
+from ccp_ext.allocation.elimination import TABLE_LIMIT, Elimination, Vectors
+from ccp_ext.allocation.resource import Resource
 
 # The search for the multiplier ends when the bound cannot rise by more than this, beside the range
 # of the objective; a poor multiplier costs tightness, never validity.
@@ -93,7 +93,7 @@ def solve(program: Program, lower_values: Vectors, limit: int = TABLE_LIMIT) -> 
 
     Args:
         lower_values: at most the values, at every width.
-        limit: see :meth:`ccp_ext.elimination.Elimination.of`.
+        limit: see :meth:`ccp_ext.allocation.elimination.Elimination.of`.
     """
     upper = _without_equals(program)
     below = Program(program.widths, lower_values, program.resource, program.budget)

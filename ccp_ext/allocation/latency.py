@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ccp_ext import files
+from ccp_ext.allocation.resource import Resource, Table, Width
 from ccp_ext.errors import InputError
-from ccp_ext.resource import Resource, Table, Width
 
 if TYPE_CHECKING:
     from ccp_ext.graph import ChannelGraph
@@ -95,7 +95,7 @@ class LatencyTable:
         return self.resource(graph)(graph.counts(keep))
 
     def resource(self, graph: ChannelGraph) -> Resource:
-        """The prediction as a cost for :mod:`ccp_ext.elimination`; errors as in :meth:`predict`."""
+        """The prediction as a cost for an elimination; errors as in :meth:`predict`."""
         sides = graph.sides()
         whole = graph.counts()
         scale = self.milliseconds / sum(
