@@ -30,4 +30,4 @@ class ChannelDot(Operation):
     def work(self, case: Case) -> Work:
         n, c = case.shape[:2]
         read = 2 * case.elements * case.dtype.itemsize
-        return Work(read + 4 * n * c, 2 * case.elements, streams=2)
+        return Work(read + 4 * n * c, scalar=2 * case.elements, streams=2)

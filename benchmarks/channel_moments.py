@@ -32,7 +32,7 @@ class ChannelMoments(Operation):
 
     def work(self, case: Case) -> Work:
         read = case.elements * case.dtype.itemsize
-        return Work(read + 5 * 8 * case.shape[1], 6 * case.elements)
+        return Work(read + 5 * 8 * case.shape[1], scalar=6 * case.elements)
 
 
 def _reductions(x: Tensor) -> tuple[Tensor, ...]:

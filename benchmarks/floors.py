@@ -16,8 +16,8 @@ from benchmarks.networks import NETWORKS
 from benchmarks.suite import OPERATIONS
 from ccp_ext.report import table
 
-# Nominal: HBM3e bandwidth, dense matrix rates.
-H200 = Limits(4.8e12, 4.8e12, 4.8e12, {"fp32": 67e12, "tf32": 494e12, "bf16": 989e12})
+# Nominal: HBM3e bandwidth, rates of multiply-adds and of dense matrix products.
+H200 = Limits(4.8e12, 4.8e12, 4.8e12, {"fma": 67e12, "fp32": 67e12, "tf32": 494e12, "bf16": 989e12})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

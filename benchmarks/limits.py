@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import triton_kernels
 from benchmarks.common import interleaved
 from benchmarks.operation import Work
 
@@ -23,7 +24,8 @@ class Limits:
         copy: bytes read plus bytes written by a copy.
         read: bytes read by torch's sum of one array.
         read_two: bytes read from two arrays at once, the fastest of torch's ways to do it.
-        rates: of square matrix products: "fp32" without TF32, "tf32" (GPU only), "bf16".
+        rates: of square matrix products: "fp32" without TF32, "tf32" (GPU only), "bf16"; and
+            "fma", of float32 multiply-adds outside the matrix units.
     """
 
     copy: float
@@ -32,10 +34,11 @@ class Limits:
     rates: dict[str, float]
 
     def floor(self, work: Work) -> tuple[float, str]:
-        """The least seconds for the work, and which of "memory" and "arithmetic" sets them."""
+        """The least seconds for the work, and what sets them: memory, products or scalar work."""
         memory = work.bytes / (self.read if work.streams == 1 else self.read_two)
-        arithmetic = work.operations / self.rate(work.rate)
-        return max((memory, "memory"), (arithmetic, "arithmetic"))
+        products = work.products / self.rate(work.rate)
+        scalar = work.scalar / self.rate("fma")
+        return max((memory, "memory"), (products, "matrix products"), (scalar, "scalar arithmetic"))
 
     def rate(self, name: str) -> float:
         """The fastest way to a precision: three TF32 products of split numbers make one of fp32."""
@@ -47,7 +50,7 @@ class Limits:
         rates = ", ".join(f"{name} {1e-12 * rate:.2f}" for name, rate in self.rates.items())
         return (
             f"measured here: copy {1e-9 * self.copy:.1f} GB/s, read {1e-9 * self.read:.1f} GB/s, "
-            f"two streams {1e-9 * self.read_two:.1f} GB/s; matrix products in TFLOP/s: {rates}"
+            f"two streams {1e-9 * self.read_two:.1f} GB/s; TFLOP/s: {rates}"
         )
 
 
@@ -57,7 +60,7 @@ def measure(device: str, quick: bool = False) -> Limits:
     elements, n = (1 << 28, 8192) if cuda else (1 << 26, 2048)
     if quick:
         elements, n = 1 << 16, 64
-    return Limits(*_bandwidths(elements, device), _matrix_rates(n, device))
+    return Limits(*_bandwidths(elements, device), _rates(n, device))
 
 
 def _bandwidths(elements: int, device: str) -> tuple[float, float, float]:
@@ -71,14 +74,21 @@ def _bandwidths(elements: int, device: str) -> tuple[float, float, float]:
     return copy, read, max(_rate(way, 2 * size, device) for way in ways)
 
 
-def _matrix_rates(n: int, device: str) -> dict[str, float]:
+def _rates(n: int, device: str) -> dict[str, float]:
     a, b = torch.randn(2, n, n, device=device)
     operations = 2 * n**3
     with float32_precision("highest"):
         rates = {"fp32": _rate(lambda: a @ b, operations, device)}
+    # A product of float32 matrices is made of such multiply-adds, and comes close to their rate.
+    rates["fma"] = rates["fp32"]
     if torch.device(device).type == "cuda":
         with float32_precision("high"):
             rates["tf32"] = _rate(lambda: a @ b, operations, device)
+        if triton_kernels.triton is not None:
+            x = torch.rand(n * 256, device=device)
+            count = triton_kernels.MULTIPLY_ADDS * x.numel()
+            alone = _rate(lambda: triton_kernels.multiply_adds(x), 2 * count, device)
+            rates["fma"] = max(rates["fma"], alone)
     a, b = a.bfloat16(), b.bfloat16()
     return rates | {"bf16": _rate(lambda: a @ b, operations, device)}
 

@@ -11,6 +11,9 @@ from ccp_ext import ops, reference
 
 C1, C2 = 0.01**2, 0.03**2
 SAMPLES_A_CHUNK = 8  # the reference holds [samples, C, C] in float64
+# The least a pair of maps costs after their product: eight multiply-adds, additions or products,
+# and a reciprocal, which takes its own unit as long as these.
+OPERATIONS_A_PAIR = 2 * 8
 
 
 class MapSimilarity(Operation):
@@ -36,7 +39,9 @@ class MapSimilarity(Operation):
         n, c, h, w = case.shape
         rate = "bf16" if case.dtype == torch.bfloat16 else "fp32"
         read = case.elements * case.dtype.itemsize
-        return Work(read + 4 * c * c, n * c * (c + 1) * h * w, rate=rate)
+        pairs = n * c * (c + 1) // 2
+        products, scalar = 2 * pairs * h * w, OPERATIONS_A_PAIR * pairs
+        return Work(read + 4 * c * c, products, scalar, rate=rate)
 
 
 def _products(x: Tensor) -> Tensor:

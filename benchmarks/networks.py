@@ -56,6 +56,11 @@ def convolution_inputs(name: str) -> list[tuple[tuple[int, int, int], Window]]:
     return list(dict.fromkeys((shape, window) for shape, window, _ in _convolutions(name)))
 
 
+def convolution_widths(name: str) -> tuple[int, ...]:
+    """The output channels of every convolution, in the order of the pass."""
+    return tuple(output[0] for _, _, output in _convolutions(name))
+
+
 @cache
 def group_widths(name: str) -> tuple[int, ...]:
     """The channels of every inner group, in the order of the pass."""

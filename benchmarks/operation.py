@@ -27,7 +27,7 @@ class Case:
         shape: [N, C, H, W], or [N, C].
         layout: a key of ``LAYOUTS``.
         window: of the convolution that reads the input, where the operator asks.
-        widths: of all groups, where the operator serves them together.
+        widths: of all layers, where the operator serves them together.
     """
 
     network: str
@@ -44,11 +44,21 @@ class Case:
         text = "x".join(map(str, self.shape))
         if self.window:
             text += f" k{self.window.kernel_size} s{self.window.stride}"
-        return text + (f" {len(self.widths)} groups" if self.widths else "")
+        return text + (f" {len(self.widths)} layers" if self.widths else "")
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def description(self, operator: str) -> dict[str, str]:
+        """What tells the results of this case of an operator from others."""
+        return {
+            "operator": operator,
+            "network": self.network,
+            "size": self.label,
+            "layout": self.layout,
+            "dtype": self.dtype_name,
+        }
 
     @property
     def elements(self) -> int:
@@ -70,15 +80,23 @@ class Work:
 
     Attributes:
         bytes: moved.
-        operations: a multiply-add counts two; a symmetric result counts its triangle once.
+        products: operations of matrix products; a multiply-add counts two, a symmetric result its
+            triangle once.
+        scalar: operations outside the matrix units, counted alike.
         streams: arrays read side by side: which bandwidth the bytes are held against.
-        rate: the unit whose rate bounds the operations, a key of ``Limits.rates``.
+        rate: what bounds the products, a key of ``Limits.rates``.
     """
 
     bytes: int
-    operations: int = 0
+    products: int = 0
+    scalar: int = 0
     streams: int = 1
     rate: str = "fp32"
+
+    @property
+    def operations(self) -> int:
+        """Those that a rate in FLOP/s is quoted of."""
+        return self.products or self.scalar
 
 
 class Operation(ABC):

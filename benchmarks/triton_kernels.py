@@ -1,4 +1,6 @@
-"""The rivals in Triton, as a good user of it would write them; None where Triton is missing.
+"""The rivals in Triton, as a good user of it would write them, and the rate of multiply-adds.
+
+``triton`` is None where it is missing.
 
 They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
 """
@@ -148,8 +150,21 @@ if triton is not None:
         tl.store(at + 3 * of_moment, tl.min(low, 1), mask=channel < channels)
         tl.store(at + 4 * of_moment, tl.max(high, 1), mask=channel < channels)
 
+    @triton.jit
+    def _multiply_adds(x, out, TURNS: tl.constexpr, CHAIN: tl.constexpr, BLOCK: tl.constexpr):
+        """TURNS * CHAIN multiply-adds of every element, with itself alone."""
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        factor = tl.load(x + at)
+        value = factor
+        for _ in range(TURNS):
+            for _ in tl.static_range(CHAIN):
+                value = tl.fma(value, factor, factor)
+        tl.store(out + at, value)
+
 
 PROGRAMS = 512  # enough to fill a GPU several times
+CHAIN = 32
+MULTIPLY_ADDS = 256 * CHAIN
 
 
 def channel_dot(x: Tensor, g: Tensor) -> Tensor:
@@ -208,3 +223,12 @@ def channel_moments(x: Tensor) -> tuple[Tensor, ...]:
         WIDE=wide, LONG=long,
     )  # fmt: skip
     return *out[:3].sum(1), out[3].amin(0), out[4].amax(0)
+
+
+def multiply_adds(x: Tensor) -> Tensor:
+    """Busy with MULTIPLY_ADDS dependent ones for every element of x, a multiple of 1024."""
+    out = torch.empty_like(x)
+    _multiply_adds[(x.numel() // 1024,)](
+        x, out, TURNS=MULTIPLY_ADDS // CHAIN, CHAIN=CHAIN, BLOCK=1024
+    )
+    return out

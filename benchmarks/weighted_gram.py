@@ -39,17 +39,19 @@ class WeightedGram(Operation):
         }
 
     def reference(self, S: Tensor, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        total, magnitude = (
-            reference.weighted_gram(a, sigma),
-            reference.weighted_gram(a.abs(), sigma),
-        )
-        return S.double() + total, S.double().abs() + magnitude
+        return updated(S, a, sigma)
 
     def work(self, case: Case) -> Work:
         n, c = case.shape
         triangle = c * (c + 1) // 2
         size = case.elements * case.dtype.itemsize + 4 * n
-        return Work(size + 4 * (triangle + c * c), 2 * n * triangle)
+        return Work(size + 4 * (triangle + c * c), scalar=2 * n * triangle)
+
+
+def updated(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """S after the update and the sum of |terms|, float64; the weights are not negative."""
+    total, magnitude = reference.weighted_gram(a, sigma), reference.weighted_gram(a.abs(), sigma)
+    return S.double() + total, S.double().abs() + magnitude
 
 
 def _addition(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:

@@ -90,13 +90,14 @@ def test_unknown_operator_is_named(tmp_path: Path) -> None:
         run_quick(tmp_path, "chanel_dot")
 
 
-def test_limits_hold_work_against_its_slower_side() -> None:
-    limits = Limits(copy=1e9, read=2e9, read_two=4e9, rates={"fp32": 1e12})
+def test_limits_hold_work_against_its_slowest_side() -> None:
+    limits = Limits(copy=1e9, read=2e9, read_two=4e9, rates={"fp32": 1e12, "fma": 1e10})
     assert limits.floor(Work(bytes=4_000, streams=1)) == (2e-6, "memory")
     assert limits.floor(Work(bytes=4_000, streams=2)) == (1e-6, "memory")
-    assert limits.floor(Work(bytes=4_000, operations=5_000_000)) == (5e-6, "arithmetic")
-    split = Limits(1e9, 2e9, 4e9, {"fp32": 1e12, "tf32": 6e12, "bf16": 9e12})
-    assert (split.rate("fp32"), split.rate("bf16")) == (2e12, 9e12)
+    assert limits.floor(Work(4_000, products=5_000_000)) == (5e-6, "matrix products")
+    assert limits.floor(Work(4_000, 5_000_000, scalar=90_000)) == (9e-6, "scalar arithmetic")
+    split = Limits(1e9, 2e9, 4e9, {"fma": 1e12, "fp32": 1e12, "tf32": 6e12, "bf16": 9e12})
+    assert (split.rate("fp32"), split.rate("fma"), split.rate("bf16")) == (2e12, 1e12, 9e12)
 
 
 def test_resnet50_is_the_published_one() -> None:
