@@ -2,16 +2,18 @@
 
     python -m benchmarks.scaling [--device cuda] [--images-per-second 2500]
 
-The growth is measured, for one group: its channel_dot and its Gram update. The cost of ImageNet on
-several GPUs is computed: from images a second as measured on one, from the exact size of all sums
-of ResNet-50, and from the links' nominal speeds.
+The growth is measured, for one group: its channel_dot from memory, and its Gram update. The cost of
+ImageNet on several GPUs is computed: from images a second as measured on one, from the exact size
+of all sums of ResNet-50, and from the links' nominal speeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -19,8 +21,16 @@ from statistics import median
 import torch
 
 import ccp_ext
-from benchmarks.common import RESULTS, interleaved, seconds_of, write_results
+from benchmarks.common import (
+    RESULTS,
+    calls_for,
+    cold_copies,
+    interleaved,
+    seconds_of,
+    write_results,
+)
 from benchmarks.networks import NETWORKS
+from benchmarks.statistics_methods import DEFAULT
 from ccp_ext import ops, trace
 from ccp_ext.report import table
 
@@ -43,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a trial: two sizes, three rounds")
     parser.add_argument("--images-per-second", type=float, help="of one GPU, as measured")
+    parser.add_argument(
+        "--statistics", type=Path, help="results of statistics_cost to take images a second from"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of scaling.json")
     options = parser.parse_args(arguments)
     device = ccp_ext.usable_devices()[-1] if options.device == "auto" else options.device
@@ -51,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exponents = [fitted(rows, operator, variable) for operator in EXPECTED for variable in STEPS]
     print(table(exponents))
     size = bytes_of_sums("resnet50")
-    projected = [projection(options.images_per_second, n, link) for n in GPUS for link in LINKS]
+    rate = options.images_per_second
+    if rate is None and options.statistics is not None:
+        rate = images_per_second(options.statistics)
+    projected = [projection(rate, n, link) for n in GPUS for link in LINKS]
     print(f"all sums of ResNet-50: {size:,} bytes. Computed, not measured:")
     print(table(projected))
     content = {
@@ -72,20 +88,24 @@ def growth(variable: str, device: str, options: argparse.Namespace) -> list[dict
         x, g = torch.randn(2, n, c, side, side, device=device)
         a, S = ops.channel_dot(x, g), torch.zeros(c, c, device=device)
         functions = {
-            "channel_dot": lambda x=x, g=g: ops.channel_dot(x, g),
-            "weighted_gram_": lambda S=S, a=a: ops.weighted_gram_(S, a),
+            "channel_dot": (ops.channel_dot, cold_copies((x, g), device)),
+            "weighted_gram_": (ops.weighted_gram_, [(S, a)]),  # in use, it was just written
         }
-        seconds = {}
-        for name, function in functions.items():
-            function()
-            calls = max(1, min(50, math.ceil(1e-3 / seconds_of(function, [()], device))))
-            rounds = 3 if options.quick else options.rounds
-            seconds |= interleaved({name: function}, rounds, device=device, calls=calls)
+        rounds = 3 if options.quick else options.rounds
         rows.append(
             {"variable": variable, **size}
-            | {f"{name}, us": 1e6 * median(times) for name, times in seconds.items()}
+            | {f"{n}, us": 1e6 * _median(*pair, rounds, device) for n, pair in functions.items()}
         )
     return rows
+
+
+def _median(function: Callable, inputs: Sequence[tuple], rounds: int, device: str) -> float:
+    """Seconds of a call, the inputs taking turns."""
+    turns = itertools.cycle(inputs)
+    function(*next(turns))
+    calls = {"it": calls_for(seconds_of(function, [next(turns)], device))}
+    times = interleaved({"it": function}, rounds, 2, lambda: next(turns), device, calls)
+    return median(times["it"])
 
 
 def fitted(rows: Sequence[dict], operator: str, variable: str) -> dict:
@@ -111,6 +131,12 @@ def bytes_of_sums(network: str) -> int:
 def ring_seconds(size: int, gpus: int, link: float) -> float:
     """A ring all-reduce sends 2 (p - 1) / p of the bytes through each link, in both directions."""
     return 2 * (gpus - 1) / gpus * size / link
+
+
+def images_per_second(statistics: Path) -> float:
+    """What the default way to S reached in a run of ``statistics_cost``."""
+    rows = json.loads(statistics.read_text(encoding="utf-8"))["rows"]
+    return next(row["images/s"] for row in rows if row["method"] == DEFAULT)
 
 
 def projection(images_per_second: float | None, gpus: int, link: str) -> dict:

@@ -155,12 +155,14 @@ def torch_pruning(setting: Setting) -> Pass:
 
 BASELINE = "forward and backward"
 PAPER = "ours: empirical, filters"
+DEFAULT = "ours: logits, without u"
+KEEPING = "ours: empirical, gates, keeping .grad"
 METHODS: dict[str, Callable[[Setting], Pass]] = {
     BASELINE: plain,
     PAPER: partial(ours, site="weight", curvature="empirical"),
     "ours: empirical, gates": partial(ours, curvature="empirical"),
-    "ours: empirical, gates, keeping .grad": ours_beside_training,
-    "ours: logits, without u": partial(ours, curvature="logits", first_order=False),
+    KEEPING: ours_beside_training,
+    DEFAULT: partial(ours, curvature="logits", first_order=False),
     "ours: logits, with u": partial(ours, curvature="logits"),
     "vmap": vmap,
     "Opacus": opacus,
@@ -172,8 +174,9 @@ PACKAGES = {
     "BackPACK": "backpack-for-pytorch",
     "Torch-Pruning Hessian": "torch-pruning",
 }
+PER_SAMPLE = ("vmap", "Opacus", "BackPACK")  # other ways to per-sample gradients
 # What the same S comes from, so that their results are compared.
-SAME_AS_PAPER = (PAPER, "vmap", "Opacus", "BackPACK")
+SAME_AS_PAPER = (PAPER, *PER_SAMPLE)
 
 
 def _grams(setting: Setting, gradients: dict[str, Tensor]) -> Grams:
