@@ -2,12 +2,17 @@
 
     python -m benchmarks [operators] [--shapes resnet56] [--device cpu] [--quick] [--output folder]
 
-Before anything is timed it is compared with the float64 reference; a wrong result stops the run.
+Before anything is timed it is compared with the float64 reference; a wrong result of ours fails the
+run at its end. Results are written as they are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +21,14 @@ import torch
 
 import ccp_ext
 from benchmarks import limits as machine
-from benchmarks import plot, sweep
+from benchmarks import plot, sweep, targets
 from benchmarks.channel_dot import ChannelDot
 from benchmarks.channel_moments import ChannelMoments
 from benchmarks.common import RESULTS, write_results
 from benchmarks.limits import Limits, float32_precision
 from benchmarks.map_similarity import MapSimilarity
 from benchmarks.networks import NETWORKS
-from benchmarks.operation import Operation
+from benchmarks.operation import Case, Operation
 from benchmarks.patch_gram import PatchGram
 from benchmarks.sweep import Effort
 from benchmarks.weighted_gram import WeightedGram
@@ -34,11 +39,11 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         ChannelDot(),
-        ChannelMoments(),
-        WeightedGram(),
         WeightedGrams(),
         MapSimilarity(),
         PatchGram(),
+        ChannelMoments(),
+        WeightedGram(),
     )
 }
 
@@ -65,6 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="some",
         help="sizes that torch.compile takes part in; some: each operator's first (default)",
     )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=120.0, help="after which a compilation is given up"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds for an operator; the cases that are left then are named and not measured",
+    )
+    parser.add_argument("--warm", action="store_true", help="small inputs come from the cache")
+    parser.add_argument(
+        "--add", action="store_true", help="to the rows that the results file holds already"
+    )
     parser.add_argument("--quick", action="store_true", help="a trial: smallest sizes, few rounds")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tag", default="", help="added to the name of the results file")
@@ -81,7 +98,13 @@ def run(options: argparse.Namespace) -> Path:
     if options.device == "auto":
         options.device = ccp_ext.usable_devices()[-1]
     batches = {name: _batch(name, options) for name in options.shapes}
-    effort = Effort(options.seconds, compiled=options.compile)
+    effort = Effort(
+        seconds=options.seconds,
+        budget=options.budget,
+        compiled=options.compile,
+        compile_seconds=options.compile_seconds,
+        warm=options.warm,
+    )
     if options.quick:
         effort = Effort(seconds=0, compiled="none")
     limits = machine.measure(options.device, options.quick)
@@ -92,25 +115,63 @@ def run(options: argparse.Namespace) -> Path:
         "smallest sizes only": options.quick,
         "effort": asdict(effort),
     }
-    content = {"settings": settings, "limits": asdict(limits)}
-    content |= {"rows": [], "left out": [], "failures": []}
+    head = {"settings": settings, "limits": asdict(limits)}
+    record = Record(head, f"operators{options.tag}", options.output, options.add)
     with float32_precision("highest"):
         for operation in operations:
-            for network, batch in batches.items():
-                first = network == options.shapes[0]
-                found = _sweep(operation, network, batch, options, limits, effort, first)
-                for name, values in found.items():
-                    content[name] += values
-            # After each operator, so that a run cut short leaves what it has.
-            content["summary"] = sweep.summary(content["rows"])
-            path = write_results(f"operators{options.tag}", content, options.output)
-    print(table(content["summary"]))
+            cases = [
+                case
+                for network, batch in batches.items()
+                for case in sweep.cases(operation, network, options.device, batch, options.quick)
+            ]
+            _sweep(operation, cases, limits, effort, record)
+    path = record.write()
+    print(table(record.content["summary"]))
+    print(targets.lines(record.content["targets"]))
     print(path)
-    picture = plot.draw(content["rows"], path.with_suffix(".png"))
+    picture = plot.draw(record.content["rows"], path.with_suffix(".png"))
     print(picture or "no picture: nothing was measured, or matplotlib is not installed")
-    if content["failures"]:
-        raise AssertionError("\n".join(content["failures"]))
+    if record.content["failures"]:
+        raise AssertionError("\n".join(record.content["failures"]))
     return path
+
+
+class Record:
+    """What was measured so far, kept in a file.
+
+    Args:
+        head: of the file: what holds for all rows.
+        name: of the file, without its suffix.
+        folder: of the file.
+        add: to the rows that the file holds; a case that is measured again replaces them.
+    """
+
+    SECONDS_BETWEEN_WRITES = 5.0
+
+    def __init__(self, head: dict, name: str, folder: Path, add: bool) -> None:
+        self.name, self.folder = name, folder
+        self.content = head | {"rows": [], "left out": [], "not measured": [], "failures": []}
+        path = folder / f"{name}.json"
+        if add and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            self.content |= {key: before[key] for key in ("rows", "left out")}
+        self._written = time.monotonic()
+
+    def add(self, rows: list[dict], left_out: list[dict]) -> None:
+        """The rows of one case, and the rivals left out."""
+        case = sweep.key(rows[0])
+        for name, new in (("rows", rows), ("left out", left_out)):
+            kept = [row for row in self.content[name] if sweep.key(row) != case]
+            self.content[name] = kept + new
+        if time.monotonic() - self._written > self.SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> Path:
+        rows = self.content["rows"]
+        self.content |= {"summary": sweep.summary(rows), "targets": targets.of_operators(rows)}
+        path = write_results(self.name, self.content, self.folder)
+        self._written = time.monotonic()
+        return path
 
 
 def _chosen(names: Sequence[str]) -> list[Operation]:
@@ -127,32 +188,31 @@ def _batch(network: str, options: argparse.Namespace) -> int:
 
 
 def _sweep(
-    operation: Operation,
-    network: str,
-    batch: int,
-    options: argparse.Namespace,
-    limits: Limits,
-    effort: Effort,
-    first_network: bool,
-) -> dict[str, list]:
-    """Measure an operator on one network's sizes and print it."""
-    cases = list(sweep.cases(operation, network, options.device, batch, options.quick))
-    some = {cases[0].label} if first_network else set()
-    compiled = {"all": {case.label for case in cases}, "some": some, "none": set()}
-    found = {"rows": [], "left out": [], "failures": []}
+    operation: Operation, cases: Sequence[Case], limits: Limits, effort: Effort, record: Record
+) -> None:
+    """Measure an operator's cases in turn until its budget is spent, and print them."""
+    compiled = {"all": {case.label for case in cases}, "some": {cases[0].label}, "none": set()}
+    measured, cut = [], []
+    deadline = time.monotonic() + effort.budget if effort.budget else math.inf
     for case in cases:
-        with_compile = case.label in compiled[effort.compiled]
-        try:
-            rows, reasons = sweep.measure(operation, case, limits, effort, with_compile)
-        except (AssertionError, RuntimeError) as error:  # the other cases are still worth a run
-            found["failures"].append(f"{operation.name}, {case.label}: {error}")
+        of_case = case.description(operation.name)
+        if time.monotonic() > deadline:
+            cut.append(of_case)
             continue
-        found["rows"] += rows
-        found["left out"] += [
-            {"operator": operation.name, "size": case.label, "candidate": name, "reason": reason}
-            for name, reason in reasons.items()
-        ]
+        try:
+            rows, reasons = sweep.measure(
+                operation, case, limits, effort, case.label in compiled[effort.compiled]
+            )
+        except (AssertionError, RuntimeError) as error:  # the other cases are still worth a run
+            record.content["failures"].append(f"{operation.name}, {case.label}: {error}")
+            continue
+        record.add(rows, [of_case | {"candidate": c, "reason": r} for c, r in reasons.items()])
+        measured += rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    print(f"\n{operation.name}, {network}\n{table(sweep.overview(found['rows']))}", flush=True)
-    return found
+    for network, rows in itertools.groupby(measured, key=lambda row: row["network"]):
+        print(f"\n{operation.name}, {network}\n{table(sweep.overview(rows))}", flush=True)
+    if cut:
+        record.content["not measured"] += cut
+        sizes = ", ".join(dict.fromkeys(f"{case['network']} {case['size']}" for case in cut))
+        print(f"{operation.name}: {effort.budget:g} s are over; not measured, or in part: {sizes}")

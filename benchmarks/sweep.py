@@ -5,21 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import geometric_mean, median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import triton_kernels
-from benchmarks.common import interleaved, ratio, seconds_of, spread
+from benchmarks.common import (
+    OutOfTime,
+    calls_for,
+    cold_copies,
+    interleaved,
+    map_tensors,
+    ratio,
+    seconds_of,
+    spread,
+    time_limit,
+)
 from benchmarks.limits import Limits
 from benchmarks.operation import DTYPES, Candidate, Case, Operation, Work
 
-CPU_ROTATION_BYTES = 256 << 20  # several times the last-level cache
-MAX_COPIES = 64
 YARDSTICK = "read"  # not a rival: reads the same inputs and computes nothing of use
+COMPILED = "compile"
 COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}
 
 
@@ -30,13 +39,19 @@ class Effort:
     Attributes:
         seconds: that the timed calls of a case take together, about.
         rounds: at most.
+        budget: seconds after which no further case of an operator is begun; None for all.
         compiled: "all" cases also as torch.compile makes them, "some" (an operator's first size,
             with all types and layouts) or "none".
+        compile_seconds: after which a compilation is given up.
+        warm: one set of inputs for all calls, so that small ones come from the cache.
     """
 
     seconds: float = 1.0
     rounds: int = 30
+    budget: float | None = None
     compiled: str = "some"
+    compile_seconds: float = 120.0
+    warm: bool = False
 
 
 def cases(
@@ -66,22 +81,24 @@ def measure(
     errors = {}
     for name, function in list(functions.items()):
         try:
-            errors[name] = _error(operation, case, name, function(*_clone(inputs)), expected)
-        except Exception as error:  # a rival may lack memory, a type, accuracy, a compiler
+            with time_limit(effort.compile_seconds) if name == COMPILED else nullcontext():
+                result = function(*map_tensors(Tensor.clone, inputs))
+            errors[name] = error_of(operation, case, name, result, expected)
+        # A rival may lack memory, a type, accuracy, a compiler or time.
+        except (Exception, OutOfTime) as error:
             if name == "ours":
                 raise
             left_out[name] = str(error).partition("\n")[0]
             del functions[name]
     work = operation.work(case)
-    if operation.cold and limits.floor(work)[1] == "memory":
+    cold = operation.cold and not effort.warm
+    if cold and limits.floor(work)[1] == "memory":
         functions[YARDSTICK] = _read
-    seconds = _times(operation, case, functions, effort)
-    of_case = {
-        "operator": operation.name,
-        "network": case.network,
-        "size": case.label,
-        "layout": case.layout,
-        "dtype": case.dtype_name,
+    seconds = _times(operation, case, functions, effort, cold)
+    of_case = case.description(operation.name) | {
+        "shape": list(case.shape),
+        "device": torch.device(case.device).type,
+        "inputs": "cold" if cold else "warm",
     }
     rows = [
         of_case
@@ -99,6 +116,7 @@ def _figures(times: list[float], work: Work, limits: Limits) -> dict:
     return {
         **spread(times),
         "rounds": len(times),
+        "MB": 1e-6 * work.bytes,
         "GB/s": 1e-9 * work.bytes / middle,
         "TFLOP/s": 1e-12 * work.operations / middle,
         "bound by": bound,
@@ -111,7 +129,7 @@ def _figures(times: list[float], work: Work, limits: Limits) -> dict:
 def overview(rows: Iterable[dict]) -> list[dict]:
     """One line a case for the terminal: ours, and the rivals as multiples of our time."""
     lines = []
-    for _, group in itertools.groupby(rows, key=lambda row: (row["operator"], *_key(row))):
+    for _, group in itertools.groupby(rows, key):
         of = {row["candidate"]: row for row in group}
         ours = of.pop("ours")
         unit = "GB/s" if ours["bound by"] == "memory" else "TFLOP/s"
@@ -144,8 +162,9 @@ def summary(rows: Iterable[dict]) -> list[dict]:
     ]
 
 
-def _key(row: dict) -> tuple:
-    return row["network"], row["size"], row["layout"], row["dtype"]
+def key(row: dict) -> tuple[str, ...]:
+    """Which case a row is of."""
+    return tuple(row[name] for name in ("operator", "network", "size", "layout", "dtype"))
 
 
 def _candidates(
@@ -159,22 +178,16 @@ def _candidates(
     if compiled:
         torch.compiler.reset()
         mode = COMPILE_MODE[torch.device(case.device).type]
-        functions["compile"] = torch.compile(functions["eager"], dynamic=False, mode=mode)
+        functions[COMPILED] = torch.compile(functions["eager"], dynamic=False, mode=mode)
     return functions, notes
 
 
-def validate(operation: Operation, case: Case, name: str, function: Candidate) -> float:
-    """One candidate on fresh inputs: the largest error over the sum of |terms|.
+def error_of(operation: Operation, case: Case, name: str, result, expected: tuple) -> float:
+    """The largest error of a result over the sum of |terms|, ``expected`` being the reference's.
 
     Raises:
-        AssertionError: it is larger than the bound.
+        AssertionError: it is larger than the candidate's bound.
     """
-    inputs = operation.inputs(case)
-    expected = operation.reference(*inputs)
-    return _error(operation, case, name, function(*inputs), expected)
-
-
-def _error(operation: Operation, case: Case, name: str, result, expected: tuple) -> float:
     result, expected, magnitude = _flat(result), *map(_flat, expected)
     bound = operation.tolerance(case, name)
     error = (result - expected).abs()
@@ -194,36 +207,19 @@ def _flat(result: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _times(
-    operation: Operation, case: Case, functions: dict[str, Callable], effort: Effort
+    operation: Operation, case: Case, functions: dict[str, Callable], effort: Effort, cold: bool
 ) -> dict[str, list[float]]:
     """Seconds of each function; cold inputs take turns, so that none lies in the cache."""
-    first = operation.inputs(case)
-    copies = _copies(first, case.device) if operation.cold else 1
-    turns = itertools.cycle([first, *(_clone(first) for _ in range(copies - 1))])
+    inputs = operation.inputs(case)
+    turns = itertools.cycle(cold_copies(inputs, case.device) if cold else [inputs])
     once = {}
     for name, function in functions.items():
         function(*next(turns))
         once[name] = seconds_of(function, [next(turns)], case.device)
-    calls = max(1, min(20, math.ceil(1e-3 / min(once.values()))))
-    rounds = int(effort.seconds / (calls * sum(once.values())))
+    calls = {name: calls_for(seconds) for name, seconds in once.items()}
+    rounds = int(effort.seconds / sum(calls[name] * once[name] for name in once))
     rounds = max(3, min(effort.rounds, rounds))
     return interleaved(functions, rounds, 1, lambda: next(turns), device=case.device, calls=calls)
-
-
-def _copies(inputs: tuple, device: str) -> int:
-    """So many that together they are several times the last-level cache."""
-    rotation = CPU_ROTATION_BYTES
-    if torch.device(device).type == "cuda":
-        rotation = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-    size = sum(t.nbytes for t in inputs if isinstance(t, Tensor))
-    return max(2, min(MAX_COPIES, math.ceil(rotation / size)))
-
-
-def _clone(value: Any) -> Any:
-    """Tensors cloned, also in a tuple or list; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(map(_clone, value)) if type(value) in (tuple, list) else value
 
 
 def _read(*inputs) -> None:

@@ -1,0 +1,184 @@
+"""What the project sets out to reach, as data, and what of it was measured.
+
+    python -m benchmarks.targets results
+
+Reads ``operators*.json`` and ``statistics*.json`` of a folder; nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from benchmarks.sweep import COMPILED, YARDSTICK, key
+from ccp_ext.report import table
+
+Row = Mapping[str, Any]
+Values = Callable[[Sequence[Row]], list[float]]
+Choice = Callable[[Row], bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach.
+
+    Attributes:
+        name: what is measured, in words.
+        wanted: the least that is enough, or with ``most`` the most that is.
+        values: the measured figures, from the rows of a results file; none if not measured.
+        of: makes one of them: the worst, or their mean.
+    """
+
+    name: str
+    wanted: float
+    values: Values
+    of: Callable[[Iterable[float]], float] = min
+    most: bool = False
+
+    def judged(self, rows: Sequence[Row]) -> dict[str, Any] | None:
+        """A line of the table; None where nothing was measured."""
+        values = self.values(rows)
+        if not values:
+            return None
+        measured = self.of(values)
+        met = measured <= self.wanted if self.most else measured >= self.wanted
+        return {
+            "target": self.name,
+            "wanted": f"{'at most' if self.most else 'at least'} {self.wanted:g}",
+            "measured": measured,
+            "of cases": len(values),
+            "met": "yes" if met else "no",
+        }
+
+
+def share(operator: str, column: str, where: Choice) -> Values:
+    """A column of our rows."""
+
+    def values(rows: Sequence[Row]) -> list[float]:
+        ours = (r for r in rows if r["operator"] == operator and r["candidate"] == "ours")
+        return [row[column] for row in ours if where(row)]
+
+    return values
+
+
+def speed_up(operator: str, rivals: Sequence[str] | None, where: Choice) -> Values:
+    """The time of the fastest of the rivals (None: of all) over ours, case by case."""
+
+    def values(rows: Sequence[Row]) -> list[float]:
+        chosen = [r for r in rows if r["operator"] == operator and where(r) and is_rival(r)]
+        cases = itertools.groupby(chosen, key)
+        return [min(row["time over ours"] for row in of_case) for _, of_case in cases]
+
+    def is_rival(row: Row) -> bool:
+        if rivals is None:
+            return row["candidate"] not in ("ours", YARDSTICK)
+        return row["candidate"] in rivals
+
+    return values
+
+
+def on_gpu(row: Row) -> bool:
+    return row["device"] == "cuda"
+
+
+def on_cpu(row: Row) -> bool:
+    return row["device"] == "cpu"
+
+
+def of_resnet50(row: Row) -> bool:
+    return on_gpu(row) and row["network"] == "resnet50"
+
+
+def large(row: Row) -> bool:
+    return on_gpu(row) and row["MB"] >= 64
+
+
+def all_convolutions(row: Row) -> bool:
+    return (
+        of_resnet50(row)
+        and row["dtype"] == "float32"
+        and row["shape"][0] == 256
+        and row["size"].endswith("53 layers")
+    )
+
+
+def wide_bfloat16(row: Row) -> bool:
+    return on_gpu(row) and row["dtype"] == "bfloat16" and row["shape"][1] >= 256
+
+
+def wide_large_bfloat16(row: Row) -> bool:
+    return wide_bfloat16(row) and row["shape"][2] >= 28
+
+
+def wide_small_bfloat16(row: Row) -> bool:
+    return wide_bfloat16(row) and row["shape"][2] < 28
+
+
+def windows_of_three(row: Row) -> bool:
+    return on_gpu(row) and " k3 " in row["size"]
+
+
+def wide_windows_of_three(row: Row) -> bool:
+    return windows_of_three(row) and row["shape"][1] >= 128
+
+
+TORCH = ("eager", "einsum", COMPILED)
+OPERATORS = (
+    Target("channel_dot, 64 MB and more: % of copy, worst", 92,
+           share("channel_dot", "% of copy", large)),
+    Target("channel_dot, ResNet-50: % of copy, mean", 85,
+           share("channel_dot", "% of copy", of_resnet50), geometric_mean),
+    Target("channel_dot: eager over ours, mean", 2.5,
+           speed_up("channel_dot", ["eager"], on_gpu), geometric_mean),
+    Target("channel_dot: torch.compile over ours, mean", 1.15,
+           speed_up("channel_dot", [COMPILED], on_gpu), geometric_mean),
+    Target("channel_dot: fastest rival over ours, worst", 1,
+           speed_up("channel_dot", None, on_gpu)),
+    Target("weighted_grams_, 53 layers, float32: cuBLAS layer by layer over ours", 3,
+           speed_up("weighted_grams_", ["eager"], all_convolutions)),
+    Target("map_similarity, bfloat16, C >= 256, 28x28 and more: % of matrix rate, worst", 60,
+           share("map_similarity", "% of limit", wide_large_bfloat16)),
+    Target("map_similarity, bfloat16, C >= 256, smaller maps: % of limit, worst", 60,
+           share("map_similarity", "% of limit", wide_small_bfloat16)),
+    Target("map_similarity: best torch expression over ours, mean", 5,
+           speed_up("map_similarity", TORCH, on_gpu), geometric_mean),
+    Target("patch_gram_, 3x3, C >= 128: % of matrix rate, worst", 50,
+           share("patch_gram_", "% of limit", wide_windows_of_three)),
+    Target("patch_gram_, 3x3: unfold and product over ours, mean", 3,
+           speed_up("patch_gram_", ["eager"], windows_of_three), geometric_mean),
+    Target("channel_dot on a CPU: % of two-stream read, mean", 90,
+           share("channel_dot", "% of two-stream read", on_cpu), geometric_mean),
+    Target("channel_dot on a CPU: eager over ours, mean", 2,
+           speed_up("channel_dot", ["eager"], on_cpu), geometric_mean),
+)  # fmt: skip
+
+
+def of_operators(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the suite's rows say of the targets."""
+    judged = (target.judged(rows) for target in OPERATORS)
+    return [line for line in judged if line]
+
+
+def lines(judged: Sequence[dict[str, Any]]) -> str:
+    """The table for the terminal."""
+    return "targets\n" + (table(judged) if judged else "none was measured")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(arguments).folder
+    judged = []
+    for path in sorted(folder.glob("*.json")):
+        judged += json.loads(path.read_text(encoding="utf-8")).get("targets", [])
+    print(lines(judged))
+
+
+if __name__ == "__main__":
+    main()
