@@ -3,7 +3,8 @@
     python -m benchmarks.check [--device cuda] [--candidate triton]
 
 What the compute sanitizer watches, and, with TRITON_INTERPRET=1 and ``--candidate triton`` on a
-CPU, the check of the rivals in Triton.
+CPU, the check of the rivals in Triton. Inputs are made and results compared on the CPU, so that on
+a GPU nothing runs but copies and the candidate.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks import suite, sweep, triton_kernels
+from benchmarks import suite, triton_kernels
+from benchmarks.common import map_tensors
 from benchmarks.limits import float32_precision
 from benchmarks.networks import Window
-from benchmarks.operation import DTYPES, Case, Operation
+from benchmarks.operation import DTYPES, Candidate, Case, Operation
+from benchmarks.sweep import error_of
 
-MAPS = ((2, 5, 6, 7), (3, 33, 9, 8))
-ROWS = ((5, 71), (33, 16))
+# Between them they reach every kernel, its wide and its narrow loads, and its sums of parts.
+MAPS = (
+    (2, 5, 6, 7),
+    (3, 33, 9, 8),
+    (2, 72, 4, 4),  # wide loads along the channels; two tiles of maps
+    (1, 3, 25, 43),  # a block for each row
+    (1, 8, 48, 50),  # a warp for each row; the positions in parts
+)
+ROWS = ((5, 71), (33, 16), (200, 16))  # the last in parts
 WINDOW = Window(3, 2, 1)
 WIDTHS = (3, 16, 33)
 
@@ -33,21 +45,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checked = 0
     with float32_precision("highest"):
         for operation in suite.OPERATIONS.values():
-            for case in small_cases(operation, options.device):
+            for case in small_cases(operation):
                 function = operation.candidates(case).get(options.candidate)
                 if function is not None:
-                    sweep.validate(operation, case, options.candidate, function)
+                    _check(operation, case, options.candidate, function, options.device)
                     checked += 1
     print(f"{checked} results of {options.candidate!r} are within their bounds")
 
 
-def small_cases(operation: Operation, device: str) -> Iterator[Case]:
+def small_cases(operation: Operation) -> Iterator[Case]:
     # The interpreter's products take bfloat16's bits for integers.
     dtypes = (torch.float32, torch.float16) if triton_kernels.INTERPRETED else DTYPES
     for shape in MAPS if operation.of_maps else ROWS:
         for layout in operation.layouts:
             for dtype in dtypes:
-                yield Case("none", shape, dtype, layout, device, WINDOW, WIDTHS)
+                yield Case("none", shape, dtype, layout, "cpu", WINDOW, WIDTHS)
+
+
+def _check(operation: Operation, case: Case, name: str, function: Candidate, device: str) -> None:
+    """Ours also on maps that are part of larger ones, which have kernels of their own."""
+    inputs = operation.inputs(case)
+    expected = operation.reference(*inputs)
+    for place in (_whole, _cut) if name == "ours" and operation.of_maps else (_whole,):
+        result = function(*map_tensors(lambda x, p=place: p(x, device), inputs))
+        error_of(operation, case, name, map_tensors(Tensor.cpu, result), expected)
+
+
+def _whole(x: Tensor, device: str) -> Tensor:
+    return x.to(device, copy=True)
+
+
+def _cut(x: Tensor, device: str) -> Tensor:
+    return F.pad(x, (0, 1)).to(device)[..., :-1] if x.dim() == 4 else _whole(x, device)
 
 
 if __name__ == "__main__":
