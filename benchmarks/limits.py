@@ -100,10 +100,12 @@ def _rate(function: Callable[[], Tensor], amount: int, device: str) -> float:
 
 @contextlib.contextmanager
 def float32_precision(name: str) -> Iterator[None]:
-    """Float32 matrix products with TF32 ("high") or without ("highest")."""
-    before = torch.get_float32_matmul_precision()
+    """Float32 matrix products and convolutions with TF32 ("high") or without ("highest")."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(name)
+    torch.backends.cudnn.allow_tf32 = name != "highest"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

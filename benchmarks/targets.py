@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from benchmarks.statistics_methods import BASELINE, DEFAULT, KEEPING, PAPER, PER_SAMPLE
 from benchmarks.sweep import COMPILED, YARDSTICK, key
 from ccp_ext.report import table
 
@@ -157,6 +158,66 @@ OPERATORS = (
     Target("channel_dot on a CPU: eager over ours, mean", 2,
            speed_up("channel_dot", ["eager"], on_cpu), geometric_mean),
 )  # fmt: skip
+
+
+def over_plain(method: str, column: str) -> Values:
+    """A column of one of our methods over that of forward and backward."""
+
+    def values(rows: Sequence[Row]) -> list[float]:
+        of = {row["method"]: row for row in rows}
+        return [of[method][column] / of[BASELINE][column]] if method in of else []
+
+    return values
+
+
+def per_sample_over_ours(method: str, column: str, beyond: bool) -> Values:
+    """That of the best way to per-sample gradients over ours; or what each adds to a plain pass.
+
+    Of the latter, less than a thousandth of the plain pass counts as so much.
+    """
+
+    def values(rows: Sequence[Row]) -> list[float]:
+        of = {row["method"]: row[column] for row in rows}
+        rivals = [of[name] for name in PER_SAMPLE if name in of]
+        if method not in of or not rivals:
+            return []
+        start = of[BASELINE] if beyond else 0
+        return [(min(rivals) - start) / max(of[method] - start, 1e-3 * of[BASELINE])]
+
+    return values
+
+
+PASSES = tuple(
+    target
+    for method in (DEFAULT, KEEPING)
+    for target in (
+        Target(f"{method}: time over forward and backward", 1.05, over_plain(method, "ms"),
+               max, most=True),
+        Target(f"{method}: peak memory over forward and backward", 1.05,
+               over_plain(method, "peak MiB"), max, most=True),
+    )
+)  # fmt: skip
+PER_SAMPLE_GRADIENTS = (
+    Target(f"{PAPER}: best per-sample gradients over it, whole pass", 50,
+           per_sample_over_ours(PAPER, "ms", beyond=False)),
+    Target(f"{KEEPING}: best per-sample gradients over it, time added to a plain pass", 50,
+           per_sample_over_ours(KEEPING, "ms", beyond=True)),
+    Target(f"{KEEPING}: best per-sample gradients over it, memory added to a plain pass", 20,
+           per_sample_over_ours(KEEPING, "peak MiB", beyond=True)),
+)  # fmt: skip
+
+
+def of_statistics(settings: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the rows of ``statistics_cost`` say of the targets, which are those of ResNet-50.
+
+    The plain pass is one in bfloat16, channels-last, of 256 images.
+    """
+    if settings["network"] != "resnet50" or settings["device"] == "cpu":
+        return []
+    like_training = settings["autocast"] and settings["channels_last"]
+    whole = PASSES if like_training and settings["batch_size"] == 256 else ()
+    judged = (target.judged(rows) for target in (*whole, *PER_SAMPLE_GRADIENTS))
+    return [line for line in judged if line]
 
 
 def of_operators(rows: Sequence[Row]) -> list[dict[str, Any]]:
