@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Builds the extension, then tests, sanitizes and measures it on this machine's GPU, without a
-# network and in about 8 minutes. Leaves at most 8 small files in OUT.
+# Builds the extension, then tests, measures and sanitizes it on this machine's GPU, without a
+# network. Leaves at most 6 small files in OUT, each written as its figures are made.
 #
-#   bash benchmarks/gpu.sh OUT [--dry] [build] [test] [sanitize] [ops] [model]
+#   bash benchmarks/gpu.sh OUT [--dry] [build] [test] [ops] [model] [more] [sanitize] [compile]
 #
-# Without names all phases run. Each has its own time limit, and only a build that fails stops the
-# next. The exit status is the sum of those that failed: build 1, test 2, sanitize 4, ops 8,
-# model 16. --dry tries the script on a machine without a GPU: CPU kernels, tiny sizes.
+# Without names all phases run, in this order, the most important rows first. Each has its own time
+# limit; all together have BUDGET seconds (default 560), after which what is left is named and not
+# run: a second call may then name it. Only a build that fails stops the next. The exit status is
+# the sum of the phases that failed: build 1, test 2, ops 4, model 8, more 16, sanitize 32,
+# compile 64. --dry tries the script on a machine without a GPU: CPU kernels, tiny sizes.
+# CCP_COMMIT names the commit where the copy of the sources has no history.
 set -uo pipefail
 
 OUT=${1:?usage: bash benchmarks/gpu.sh OUT [--dry] [phase...]}
@@ -17,27 +20,34 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 LOG=$OUT/gpu.log
+DEADLINE=$((SECONDS + ${BUDGET:-560}))
 DRY=
+ALL=(build test ops model more sanitize compile)
 PHASES=()
 for word in "$@"; do
   case $word in
     --dry) DRY=1 ;;
-    build | test | sanitize | ops | model) PHASES+=("$word") ;;
-    *) echo "unknown phase '$word': build, test, sanitize, ops and model exist" >&2; exit 64 ;;
+    build | test | ops | model | more | sanitize | compile) PHASES+=("$word") ;;
+    *) echo "unknown phase '$word': ${ALL[*]} exist" >&2; exit 255 ;;
   esac
 done
-[ ${#PHASES[@]} -gt 0 ] || PHASES=(build test sanitize ops model)
+[ ${#PHASES[@]} -gt 0 ] || PHASES=("${ALL[@]}")
 
+SUITE=("$PYTHON" -m benchmarks --device cuda --seconds 0.05 --output "$OUT")
+[ -z "$DRY" ] || SUITE=("$PYTHON" -m benchmarks --device cpu --quick --output "$OUT")
+OURS=("ours: empirical, filters" "ours: logits, without u" "ours: empirical, gates, keeping .grad")
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-DEVICE=cuda
-[ -z "$DRY" ] || DEVICE=cpu
 
 # limited SECONDS COMMAND...: output to the terminal and the log; 124 is "out of time".
 limited() {
-  local seconds=$1
+  local seconds=$1 left=$((DEADLINE - SECONDS))
   shift
+  if [ "$left" -lt 10 ]; then
+    echo "out of time, not run: $*" | tee -a "$LOG"
+    return 124
+  fi
   echo "+ $*" | tee -a "$LOG"
-  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$LOG"
+  timeout --kill-after=5 $((left < seconds ? left : seconds)) "$@" 2>&1 | tee -a "$LOG"
 }
 
 build() {
@@ -59,47 +69,49 @@ run_tests() {
   limited 120 "$PYTHON" -m pytest -q -m gpu -rs --maxfail=30 --durations=15
 }
 
+ops() {
+  limited 150 "${SUITE[@]}" channel_dot weighted_grams_ --compile none --budget 60
+}
+
+more() {
+  limited 180 "${SUITE[@]}" map_similarity patch_gram_ channel_moments weighted_gram_ --compile none \
+    --budget 45 --add
+}
+
+compile() {
+  limited 180 "${SUITE[@]}" channel_dot --shapes resnet50 --compile all --compile-seconds 25 \
+    --budget 150 --add
+}
+
+model() {
+  local failed=0
+  local statistics=("$PYTHON" -m benchmarks.statistics_cost --network resnet50 --output "$OUT")
+  local size=(--device cuda) measured=$OUT/statistics_resnet50_bfloat16.json
+  [ -z "$DRY" ] || size=(--device cpu --image-size 32 --batch-size 2 --rounds 3)
+  limited 70 "${statistics[@]}" "${size[@]}" --seconds 4 --channels-last --autocast \
+    --tag _bfloat16 --methods "${OURS[@]}" || failed=1
+  [ -n "$DRY" ] || size+=(--batch-size 64)
+  limited 100 "${statistics[@]}" "${size[@]}" --seconds 3 --tag _rivals \
+    --methods "${OURS[@]}" vmap Opacus BackPACK || failed=1
+  size=(--device cuda)
+  [ -z "$DRY" ] || size=(--device cpu --quick)
+  [ ! -f "$measured" ] || size+=(--statistics "$measured")
+  limited 40 "$PYTHON" -m benchmarks.scaling "${size[@]}" --output "$OUT" || failed=1
+  return $failed
+}
+
 sanitize() {
   local failed=0 tool
   if [ -n "$DRY" ]; then
     limited 60 "$PYTHON" -m benchmarks.check
     return
   fi
-  for tool in memcheck racecheck initcheck; do
-    # Only this project's kernels, except where writes of others must be seen; every allocation its
-    # own, so that its ends are seen.
-    local kernels=(--kernel-name kns=ccp)
-    [ "$tool" != initcheck ] || kernels=()
+  for tool in memcheck racecheck initcheck synccheck; do
+    # Only this project's kernels; every allocation its own, so that its ends are seen.
     limited 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-      "${kernels[@]}" --error-exitcode 1 --print-limit 10 \
+      --kernel-name kns=ccp --error-exitcode 1 --print-limit 10 \
       "$PYTHON" -m benchmarks.check --device cuda || failed=1
   done
-  return $failed
-}
-
-ops() {
-  if [ -n "$DRY" ]; then
-    limited 120 "$PYTHON" -m benchmarks --device cpu --quick --output "$OUT"
-    return
-  fi
-  # torch.compile takes minutes of its own: python -m benchmarks --compile some.
-  limited 200 "$PYTHON" -m benchmarks --device cuda --seconds 0.05 --compile none --output "$OUT"
-}
-
-model() {
-  local failed=0 statistics=("$PYTHON" -m benchmarks.statistics_cost --device "$DEVICE" --output "$OUT")
-  if [ -n "$DRY" ]; then
-    limited 200 "${statistics[@]}" --network resnet50 --image-size 32 --batch-size 2 --rounds 3 \
-      --seconds 1 --methods vmap "ours: logits, without u" || failed=1
-    limited 60 "$PYTHON" -m benchmarks.scaling --quick --device cpu --output "$OUT" || failed=1
-    return $failed
-  fi
-  local plain="forward and backward" ours="ours: logits, without u"
-  limited 80 "${statistics[@]}" --network resnet50 --batch-size 64 --seconds 3 --tag _rivals || failed=1
-  limited 40 "${statistics[@]}" --network resnet50 --seconds 2 --rounds 5 --methods "$plain" "$ours" || failed=1
-  limited 40 "${statistics[@]}" --network resnet50 --seconds 2 --rounds 5 --channels-last --autocast \
-    --tag _bfloat16 --methods "$plain" "$ours" || failed=1
-  limited 30 "$PYTHON" -m benchmarks.scaling --device cuda --output "$OUT" || failed=1
   return $failed
 }
 
@@ -110,9 +122,11 @@ for phase in "${PHASES[@]}"; do
   case $phase in
     build) bit=1 run=build ;;
     test) bit=2 run=run_tests ;;
-    sanitize) bit=4 run=sanitize ;;
-    ops) bit=8 run=ops ;;
-    model) bit=16 run=model ;;
+    ops) bit=4 run=ops ;;
+    model) bit=8 run=model ;;
+    more) bit=16 run=more ;;
+    sanitize) bit=32 run=sanitize ;;
+    compile) bit=64 run=compile ;;
   esac
   echo "== $phase" | tee -a "$LOG"
   begin=$SECONDS
@@ -126,5 +140,6 @@ for phase in "${PHASES[@]}"; do
   echo "== $phase: $result, $((SECONDS - begin)) s" | tee -a "$LOG"
   [ "$phase" != build ] || [ "$status" = 0 ] || break
 done
+"$PYTHON" -m benchmarks.targets "$OUT" 2>&1 | tee -a "$LOG"
 echo "failed: ${failures[*]:-nothing}; files: $(ls "$OUT" | tr '\n' ' ')" | tee -a "$LOG"
 exit $status
