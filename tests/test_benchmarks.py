@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import check, networks, scaling, statistics_cost, suite
+from benchmarks import check, common, networks, scaling, statistics_cost, suite, sweep, targets
 from benchmarks.limits import Limits
 from benchmarks.operation import Work
 from benchmarks.resnet50 import ResNet50
-from benchmarks.statistics_methods import BASELINE, PAPER
+from benchmarks.statistics_methods import BASELINE, DEFAULT, KEEPING, PAPER
 from ccp_ext import InputError, ops
 
 ROW = {
@@ -30,6 +32,7 @@ ROW = {
     "us 10%": float,
     "us 90%": float,
     "rounds": int,
+    "MB": float,
     "GB/s": float,
     "TFLOP/s": float,
     "bound by": str,
@@ -85,6 +88,60 @@ def test_nan_is_wrong(monkeypatch, tmp_path: Path) -> None:
         run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
 
 
+def test_what_no_time_is_left_for_is_named(tmp_path: Path, capsys) -> None:
+    content = run_quick(tmp_path, "channel_dot", "--shapes", "resnet56", "--budget", "1e-9")
+    assert content["rows"] == [] and len(content["not measured"]) == 4
+    assert content["not measured"][0]["size"] == "2x64x8x8"
+    assert "not measured, or in part: resnet56 2x64x8x8\n" in capsys.readouterr().out
+
+
+def test_cases_are_added_and_replaced(tmp_path: Path) -> None:
+    first = run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
+    run_quick(tmp_path, "weighted_gram_", "--shapes", "resnet56", "--add")
+    both = run_quick(tmp_path, "channel_dot", "--shapes", "resnet56", "--add")["rows"]
+    assert {row["operator"] for row in both} == {"channel_dot", "weighted_gram_"}
+    again = [row for row in both if row["operator"] == "channel_dot"]
+    assert len(again) == len(first["rows"]) and again != first["rows"]
+
+
+def test_a_compilation_without_end_is_given_up(monkeypatch, tmp_path: Path) -> None:
+    def compiled(function, **_):
+        return lambda *_: time.sleep(60)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    operation = suite.OPERATIONS["channel_dot"]
+    case = next(sweep.cases(operation, "resnet56", "cpu", 2, smallest=True))
+    effort = sweep.Effort(seconds=0, compile_seconds=0.1)
+    limits = Limits(1e9, 1e9, 1e9, {"fma": 1e9})
+    rows, left_out = sweep.measure(operation, case, limits, effort, compiled=True)
+    assert left_out["compile"] == "took longer than 0.1 s"
+    assert {"ours", "eager"} <= {row["candidate"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    "needed, spent, starts",
+    [
+        (1, 1e-4, [18]),
+        (1 << 21, 1e-4, [18, 20, 22]),
+        (1 << 40, 1e-4, [18, 20, 22, 24, 25]),  # more than the queue holds: bounded
+        (1 << 40, 1.0, [18]),  # the GPU is busy long enough
+    ],
+)
+def test_head_start_grows_until_the_host_is_ahead(monkeypatch, needed, spent, starts) -> None:
+    tried = []
+
+    def queued(function, arguments, head_start):
+        tried.append(head_start)
+        return spent * len(arguments), head_start >= needed
+
+    monkeypatch.setattr(common, "_queued", queued)
+    timer = common._CudaTimer()
+    assert timer(print, [()] * 4) == pytest.approx(spent)
+    assert tried == [1 << power for power in starts]
+    timer(print, [()])
+    assert tried[-1] == tried[-2] or len(starts) == 1  # what was found is kept
+
+
 def test_unknown_operator_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="operators must be of channel_dot, .*; got chanel_dot"):
         run_quick(tmp_path, "chanel_dot")
@@ -114,12 +171,118 @@ def test_shapes_are_those_of_the_networks() -> None:
     assert networks.group_widths("resnet56") == (16,) * 9 + (32,) * 9 + (64,) * 9
 
 
+def gpu_row(operator: str, shape: list[int], candidate: str = "ours", **figures) -> dict:
+    of_case = {
+        "operator": operator,
+        "network": "resnet50",
+        "size": "x".join(map(str, shape)),
+        "shape": shape,
+        "layout": "NCHW",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "candidate": candidate,
+        "MB": 100,
+    }
+    return of_case | figures
+
+
+def judged(rows: list[dict]) -> dict[str, tuple[float, str]]:
+    return {t["target"]: (t["measured"], t["met"]) for t in targets.of_operators(rows)}
+
+
+def test_targets_of_channel_dot_are_judged() -> None:
+    rows = []
+    for side, share, eager, compiled in ((112, 95, 4, 1.1), (7, 80, 2, 1.3)):
+        shape = [256, 64, side, side]
+        rows += [
+            gpu_row("channel_dot", shape, **{"% of copy": share, "MB": side}),
+            gpu_row("channel_dot", shape, "eager", **{"time over ours": eager}),
+            gpu_row("channel_dot", shape, "compile", **{"time over ours": compiled}),
+            gpu_row("channel_dot", shape, "read", **{"time over ours": 0.9}),
+        ]
+    assert judged(rows) == {
+        "channel_dot, 64 MB and more: % of copy, worst": (95, "yes"),
+        "channel_dot, ResNet-50: % of copy, mean": (pytest.approx(math.sqrt(95 * 80)), "yes"),
+        "channel_dot: eager over ours, mean": (pytest.approx(math.sqrt(8)), "yes"),
+        "channel_dot: torch.compile over ours, mean": (pytest.approx(1.19583), "yes"),
+        "channel_dot: fastest rival over ours, worst": (1.1, "yes"),
+    }
+    slower = gpu_row("channel_dot", [1, 2, 3, 3], "einsum", **{"time over ours": 0.99})
+    assert judged([*rows, slower])["channel_dot: fastest rival over ours, worst"] == (0.99, "no")
+
+
+def test_targets_of_matrix_products_are_judged_where_they_hold() -> None:
+    rows = [
+        gpu_row("map_similarity", [256, 64, 56, 56], **{"% of limit": 10}),  # too narrow
+        gpu_row("map_similarity", [256, 256, 56, 56], **{"% of limit": 61}),
+        gpu_row("map_similarity", [256, 512, 7, 7], **{"% of limit": 59}),
+        gpu_row("map_similarity", [256, 512, 7, 7], "eager", **{"time over ours": 7}),
+        gpu_row("map_similarity", [256, 512, 7, 7], "einsum", **{"time over ours": 6}),
+        gpu_row("patch_gram_", [256, 128, 28, 28], **{"% of limit": 51, "size": "... k3 s1"}),
+        gpu_row("patch_gram_", [256, 128, 28, 28], **{"% of limit": 1, "size": "... k1 s1"}),
+        gpu_row("patch_gram_", [256, 64, 56, 56], **{"% of limit": 1, "size": "... k3 s1"}),
+        gpu_row("weighted_grams_", [256, 26560], "eager", **{"time over ours": 2.9})
+        | {"dtype": "float32", "size": "256x26560 53 layers"},
+    ]
+    wide = "map_similarity, bfloat16, C >= 256, "
+    assert judged(rows) == {
+        wide + "28x28 and more: % of matrix rate, worst": (61, "yes"),
+        wide + "smaller maps: % of limit, worst": (59, "no"),
+        "map_similarity: best torch expression over ours, mean": (pytest.approx(6), "yes"),
+        "patch_gram_, 3x3, C >= 128: % of matrix rate, worst": (51, "yes"),
+        "weighted_grams_, 53 layers, float32: cuBLAS layer by layer over ours": (2.9, "no"),
+    }
+
+
+def test_target_of_the_cpu_is_apart() -> None:
+    row = gpu_row("channel_dot", [4, 64, 56, 56], **{"% of two-stream read": 90.5})
+    name = "channel_dot on a CPU: % of two-stream read, mean"
+    assert judged([row | {"device": "cpu"}]) == {name: (pytest.approx(90.5), "yes")}
+
+
+def test_targets_of_the_pass_are_judged() -> None:
+    rows = [
+        {"method": BASELINE, "ms": 100.0, "peak MiB": 1000.0},
+        {"method": DEFAULT, "ms": 90.0, "peak MiB": 1060.0},
+        {"method": PAPER, "ms": 80.0, "peak MiB": 1000.0},
+        {"method": KEEPING, "ms": 102.0, "peak MiB": 1010.0},
+        {"method": "vmap", "ms": 200.0, "peak MiB": 3000.0},
+        {"method": "Opacus", "ms": 240.0, "peak MiB": 1100.0},
+    ]
+    settings = {"network": "resnet50", "device": "cuda", "batch_size": 256}
+    like_training = settings | {"autocast": True, "channels_last": True}
+    figures = {t["target"]: t["measured"] for t in targets.of_statistics(like_training, rows)}
+    assert figures == {
+        f"{DEFAULT}: time over forward and backward": 0.9,
+        f"{DEFAULT}: peak memory over forward and backward": 1.06,
+        f"{KEEPING}: time over forward and backward": 1.02,
+        f"{KEEPING}: peak memory over forward and backward": 1.01,
+        f"{PAPER}: best per-sample gradients over it, whole pass": 2.5,
+        f"{KEEPING}: best per-sample gradients over it, time added to a plain pass": 50,
+        f"{KEEPING}: best per-sample gradients over it, memory added to a plain pass": 10,
+    }
+    assert [t["met"] for t in targets.of_statistics(like_training, rows)] == [
+        "yes", "no", "yes", "yes", "no", "yes", "no",
+    ]  # fmt: skip
+    rivals = settings | {"autocast": False, "channels_last": False}
+    assert len(targets.of_statistics(rivals, rows)) == 3
+    assert targets.of_statistics(settings | {"device": "cpu"}, rows) == []
+
+
+def test_targets_are_read_from_the_files_of_a_run(tmp_path: Path, capsys) -> None:
+    line = {"target": "speed", "wanted": "at least 2", "measured": 3.0, "of cases": 1, "met": "yes"}
+    (tmp_path / "operators.json").write_text(json.dumps({"targets": [line]}))
+    (tmp_path / "scaling.json").write_text(json.dumps({}))
+    targets.main([str(tmp_path)])
+    assert "speed  at least 2" in capsys.readouterr().out
+
+
 TINY = ("--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu")
 
 
 def test_statistics_cost_compares_time_memory_and_results(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
-        statistics_cost, "_peak", lambda name, *_: {BASELINE: 60.0, PAPER: 70.0}[name]
+        statistics_cost, "_peak", lambda name, _: {BASELINE: 60.0, PAPER: 70.0}[name]
     )
     statistics_cost.main([*TINY, "--methods", BASELINE, PAPER, "--output", str(tmp_path)])
     content = json.loads((tmp_path / "statistics_resnet56.json").read_text())
@@ -168,6 +331,13 @@ def test_projection_divides_the_images_and_adds_one_all_reduce() -> None:
     assert eight["efficiency %"] < 100
 
 
+def test_images_a_second_are_those_of_the_default_pass(tmp_path: Path) -> None:
+    rows = [{"method": BASELINE, "images/s": 1.0}, {"method": DEFAULT, "images/s": 2500.0}]
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"rows": rows}))
+    assert scaling.images_per_second(path) == 2500
+
+
 def test_growth_is_fitted_at_the_largest_sizes() -> None:
     rows = [{"variable": "N", "N": n, "channel_dot, us": n**2} for n in (1, 10, 100)]
     assert scaling.fitted(rows, "channel_dot", "N")["exponent at the largest"] == pytest.approx(2)
@@ -175,7 +345,21 @@ def test_growth_is_fitted_at_the_largest_sizes() -> None:
 
 def test_our_operators_are_right_on_odd_sizes(device: str, capsys) -> None:
     check.main(["--device", device])
-    assert "results of 'ours' are within their bounds" in capsys.readouterr().out
+    assert capsys.readouterr().out == "92 results of 'ours' are within their bounds\n"
+
+
+@pytest.mark.gpu
+def test_check_reaches_every_kernel(cuda: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    folder = Path(__file__).parent.parent / "csrc" / "cuda"
+    code = "".join(path.read_text() for path in folder.glob("*.cuh"))
+    kernels = re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(", code)
+    assert len(kernels) == code.count("__global__") > 10
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        check.main(["--device", cuda])
+    ran = "\n".join(event.key for event in trace.key_averages())
+    assert not [name for name in kernels if not re.search(rf"\b{name}\b", ran)]
 
 
 def test_triton_rivals_compute_the_same() -> None:
