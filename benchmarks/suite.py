@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> Path:
         warm=options.warm,
     )
     if options.quick:
-        effort = Effort(seconds=0, compiled="none")
+        effort = replace(effort, seconds=0, compiled="none")
     limits = machine.measure(options.device, options.quick)
     print(limits.lines(), flush=True)
     settings = {
@@ -204,7 +204,7 @@ def _sweep(
                 operation, case, limits, effort, case.label in compiled[effort.compiled]
             )
         except (AssertionError, RuntimeError) as error:  # the other cases are still worth a run
-            record.content["failures"].append(f"{operation.name}, {case.label}: {error}")
+            record.content["failures"].append(f"{' '.join(of_case.values())}: {error}")
             continue
         record.add(rows, [of_case | {"candidate": c, "reason": r} for c, r in reasons.items()])
         measured += rows

@@ -89,7 +89,15 @@ def on_gpu(row: Row) -> bool:
 
 
 def on_cpu(row: Row) -> bool:
-    return row["device"] == "cpu"
+    return row["device"] == "cpu" and row["inputs"] == "cold"
+
+
+def warm_on_cpu(row: Row) -> bool:
+    return row["device"] == "cpu" and row["inputs"] == "warm"
+
+
+def in_type(dtype: str, where: Choice) -> Choice:
+    return lambda row: row["dtype"] == dtype and where(row)
 
 
 def of_resnet50(row: Row) -> bool:
@@ -129,16 +137,16 @@ def wide_windows_of_three(row: Row) -> bool:
     return windows_of_three(row) and row["shape"][1] >= 128
 
 
+TYPES = ("float32", "bfloat16")
 TORCH = ("eager", "einsum", COMPILED)
 OPERATORS = (
     Target("channel_dot, 64 MB and more: % of copy, worst", 92,
            share("channel_dot", "% of copy", large)),
     Target("channel_dot, ResNet-50: % of copy, mean", 85,
            share("channel_dot", "% of copy", of_resnet50), geometric_mean),
-    Target("channel_dot: eager over ours, mean", 2.5,
-           speed_up("channel_dot", ["eager"], on_gpu), geometric_mean),
-    Target("channel_dot: torch.compile over ours, mean", 1.15,
-           speed_up("channel_dot", [COMPILED], on_gpu), geometric_mean),
+    *(Target(f"channel_dot, {dtype}: {rival} over ours, mean", wanted,
+             speed_up("channel_dot", [rival], in_type(dtype, on_gpu)), geometric_mean)
+      for rival, wanted in (("eager", 2.5), (COMPILED, 1.15)) for dtype in TYPES),
     Target("channel_dot: fastest rival over ours, worst", 1,
            speed_up("channel_dot", None, on_gpu)),
     Target("weighted_grams_, 53 layers, float32: cuBLAS layer by layer over ours", 3,
@@ -155,8 +163,9 @@ OPERATORS = (
            speed_up("patch_gram_", ["eager"], windows_of_three), geometric_mean),
     Target("channel_dot on a CPU: % of two-stream read, mean", 90,
            share("channel_dot", "% of two-stream read", on_cpu), geometric_mean),
-    Target("channel_dot on a CPU: eager over ours, mean", 2,
-           speed_up("channel_dot", ["eager"], on_cpu), geometric_mean),
+    *(Target(f"channel_dot on a CPU, {dtype}, {place}: eager over ours, mean", 2,
+             speed_up("channel_dot", ["eager"], in_type(dtype, where)), geometric_mean)
+      for place, where in (("from memory", on_cpu), ("cached", warm_on_cpu)) for dtype in TYPES),
 )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_a_compilation_without_end_is_given_up(monkeypatch, tmp_path: Path) -> N
     operation = suite.OPERATIONS["channel_dot"]
     case = next(sweep.cases(operation, "resnet56", "cpu", 2, smallest=True))
     effort = sweep.Effort(seconds=0, compile_seconds=0.1)
-    limits = Limits(1e9, 1e9, 1e9, {"fma": 1e9})
+    limits = Limits(1e9, 1e9, 1e9, {"fma": 1e9, "fp32": 1e9})
     rows, left_out = sweep.measure(operation, case, limits, effort, compiled=True)
     assert left_out["compile"] == "took longer than 0.1 s"
     assert {"ours", "eager"} <= {row["candidate"] for row in rows}
@@ -203,8 +203,8 @@ def test_targets_of_channel_dot_are_judged() -> None:
     assert judged(rows) == {
         "channel_dot, 64 MB and more: % of copy, worst": (95, "yes"),
         "channel_dot, ResNet-50: % of copy, mean": (pytest.approx(math.sqrt(95 * 80)), "yes"),
-        "channel_dot: eager over ours, mean": (pytest.approx(math.sqrt(8)), "yes"),
-        "channel_dot: torch.compile over ours, mean": (pytest.approx(1.19583), "yes"),
+        "channel_dot, bfloat16: eager over ours, mean": (pytest.approx(math.sqrt(8)), "yes"),
+        "channel_dot, bfloat16: compile over ours, mean": (pytest.approx(math.sqrt(1.43)), "yes"),
         "channel_dot: fastest rival over ours, worst": (1.1, "yes"),
     }
     slower = gpu_row("channel_dot", [1, 2, 3, 3], "einsum", **{"time over ours": 0.99})
@@ -234,10 +234,17 @@ def test_targets_of_matrix_products_are_judged_where_they_hold() -> None:
     }
 
 
-def test_target_of_the_cpu_is_apart() -> None:
+def test_targets_of_the_cpu_are_apart() -> None:
     row = gpu_row("channel_dot", [4, 64, 56, 56], **{"% of two-stream read": 90.5})
-    name = "channel_dot on a CPU: % of two-stream read, mean"
-    assert judged([row | {"device": "cpu"}]) == {name: (pytest.approx(90.5), "yes")}
+    eager = gpu_row("channel_dot", [4, 64, 56, 56], "eager", **{"time over ours": 1.9})
+    cold, warm = ({"device": "cpu", "inputs": inputs} for inputs in ("cold", "warm"))
+    assert judged([row | cold, eager | cold]) == {
+        "channel_dot on a CPU: % of two-stream read, mean": (pytest.approx(90.5), "yes"),
+        "channel_dot on a CPU, bfloat16, from memory: eager over ours, mean": (1.9, "no"),
+    }
+    assert judged([row | warm, eager | warm]) == {
+        "channel_dot on a CPU, bfloat16, cached: eager over ours, mean": (1.9, "no"),
+    }
 
 
 def test_targets_of_the_pass_are_judged() -> None:
@@ -274,7 +281,7 @@ def test_targets_are_read_from_the_files_of_a_run(tmp_path: Path, capsys) -> Non
     (tmp_path / "operators.json").write_text(json.dumps({"targets": [line]}))
     (tmp_path / "scaling.json").write_text(json.dumps({}))
     targets.main([str(tmp_path)])
-    assert "speed  at least 2" in capsys.readouterr().out
+    assert "speed   at least 2      3.00         1  yes" in capsys.readouterr().out
 
 
 TINY = ("--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu")
