@@ -70,12 +70,12 @@ run_tests() {
 }
 
 ops() {
-  limited 150 "${SUITE[@]}" channel_dot weighted_grams_ --compile none --budget 60
+  limited 150 "${SUITE[@]}" channel_dot weighted_grams_ --compile none --budget 60 --add
 }
 
 more() {
-  limited 180 "${SUITE[@]}" map_similarity patch_gram_ channel_moments weighted_gram_ --compile none \
-    --budget 45 --add
+  limited 200 "${SUITE[@]}" map_similarity patch_gram_ channel_moments weighted_gram_ --compile none \
+    --budget 60 --add
 }
 
 compile() {
