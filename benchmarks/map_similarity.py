@@ -37,11 +37,10 @@ class MapSimilarity(Operation):
 
     def work(self, case: Case) -> Work:
         n, c, h, w = case.shape
-        rate = "bf16" if case.dtype == torch.bfloat16 else "fp32"
         read = case.elements * case.dtype.itemsize
         pairs = n * c * (c + 1) // 2
         products, scalar = 2 * pairs * h * w, OPERATIONS_A_PAIR * pairs
-        return Work(read + 4 * c * c, products, scalar, rate=rate)
+        return Work(read + 4 * c * c, products, scalar, rate=case.rate)
 
 
 def _products(x: Tensor) -> Tensor:

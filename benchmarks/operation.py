@@ -61,6 +61,11 @@ class Case:
         }
 
     @property
+    def rate(self) -> str:
+        """Which of ``Limits.rates`` bounds matrix products of this type."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    @property
     def elements(self) -> int:
         return torch.Size(self.shape).numel()
 

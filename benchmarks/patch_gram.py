@@ -48,12 +48,11 @@ class PatchGram(Operation):
         window = case.window
         rows = c * window.kernel_size**2
         positions = n * window.outputs(h) * window.outputs(w)
-        rate = "bf16" if case.dtype == torch.bfloat16 else "fp32"
         triangle = rows * (rows + 1) // 2
         # A stride beyond the window skips rows; what it skips within a row is read all the same.
         share = min(1, window.outputs(h) * window.kernel_size / h)
         read = int(share * case.elements) * case.dtype.itemsize + 4 * triangle
-        return Work(read + 4 * rows * rows, 2 * positions * triangle, rate=rate)
+        return Work(read + 4 * rows * rows, 2 * positions * triangle, rate=case.rate)
 
 
 def _patches(x: Tensor, window: Window) -> Tensor:
