@@ -86,7 +86,7 @@ compile() {
 model() {
   local failed=0
   local statistics=("$PYTHON" -m benchmarks.statistics_cost --network resnet50 --output "$OUT")
-  local size=(--device cuda) measured=$OUT/statistics_resnet50_bfloat16.json
+  local size=(--device cuda --rounds 9) measured=$OUT/statistics_resnet50_bfloat16.json
   [ -z "$DRY" ] || size=(--device cpu --image-size 32 --batch-size 2 --rounds 3)
   limited 70 "${statistics[@]}" "${size[@]}" --seconds 4 --channels-last --autocast \
     --tag _bfloat16 --methods "${OURS[@]}" || failed=1

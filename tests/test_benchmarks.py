@@ -301,6 +301,16 @@ def test_statistics_cost_compares_time_memory_and_results(monkeypatch, tmp_path:
     assert content["channel_dot inside the pass"]["speed-up"] > 0
 
 
+def test_bfloat16_is_compared_with_the_same_pass(monkeypatch) -> None:
+    options = statistics_cost._options([*TINY, "--autocast", "--methods", PAPER, "Opacus"])
+    errors, left_out = statistics_cost._check(options)
+    assert errors[PAPER] < 1e-5 and errors.keys() == {PAPER} and not left_out
+    correct = ops.channel_dot
+    monkeypatch.setattr(ops, "channel_dot", lambda *of: 1.1 * correct(*of))
+    with pytest.raises(AssertionError, match="is off by 2.1e-01"):
+        statistics_cost._check(options)
+
+
 def test_peak_memory_is_that_of_the_process(capsys) -> None:
     resident = Path("/proc/self/statm")
     if not resident.exists():
