@@ -36,7 +36,8 @@ CPU_ROTATION_BYTES = 256 << 20
 MAX_COPIES = 256
 
 Functions = Mapping[str, Callable[..., Any]]
-Timer = Callable[[Callable[..., Any], Sequence[tuple]], float]
+# Mean seconds of calls of a function with the arguments that the other one makes.
+Timer = Callable[[Callable[..., Any], Callable[[], Sequence[tuple]]], float]
 
 
 class OutOfTime(BaseException):
@@ -67,8 +68,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(warmup + rounds):
         for name, function in functions.items():
-            arguments = [prepare() for _ in range(calls[name] if calls else 1)]
-            spent = timers[name](function, arguments)
+            count = calls[name] if calls else 1
+            spent = timers[name](function, lambda n=count: [prepare() for _ in range(n)])
             if k >= warmup:
                 seconds[name].append(spent)
     return seconds
@@ -78,7 +79,7 @@ def seconds_of(
     function: Callable[..., Any], arguments: Sequence[tuple], device: str | torch.device
 ) -> float:
     """Mean seconds of one call with each of the arguments in turn."""
-    return _timer(device)(function, arguments)
+    return _timer(device)(function, lambda: arguments)
 
 
 def calls_for(seconds: float) -> int:
@@ -90,7 +91,8 @@ def _timer(device: str | torch.device) -> Timer:
     return _CudaTimer() if torch.device(device).type == "cuda" else _wall_seconds
 
 
-def _wall_seconds(function: Callable[..., Any], arguments: Sequence[tuple]) -> float:
+def _wall_seconds(function: Callable[..., Any], make: Callable[[], Sequence[tuple]]) -> float:
+    arguments = make()
     begin = time.perf_counter()
     for each in arguments:
         function(*each)
@@ -103,8 +105,9 @@ class _CudaTimer:
     def __init__(self) -> None:
         self.head_start = HEAD_START
 
-    def __call__(self, function: Callable[..., Any], arguments: Sequence[tuple]) -> float:
+    def __call__(self, function: Callable[..., Any], make: Callable[[], Sequence[tuple]]) -> float:
         while True:
+            arguments = make()  # others each time: those of a try are in the cache after it
             spent, ahead = _queued(function, arguments, self.head_start)
             if ahead or spent > LONG_SECONDS or self.head_start >= LONGEST_HEAD_START:
                 return spent / len(arguments)
