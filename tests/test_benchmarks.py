@@ -365,6 +365,42 @@ def test_our_operators_are_right_on_odd_sizes(device: str, capsys) -> None:
     assert capsys.readouterr().out == "92 results of 'ours' are within their bounds\n"
 
 
+def run_script(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    return subprocess.run(
+        ["bash", str(script), str(folder), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_gpu_script_runs_its_phases_in_order_and_adds_up_failures(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *channel_dot*) exit 3;; esac\n')
+    python.chmod(0o755)
+    finished = run_script(tmp_path / "out", "--dry", "more", "ops", "compile", PYTHON=str(python))
+    assert finished.returncode == 4 + 64, finished.stderr
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    assert log == finished.stdout
+    results = re.findall(r"== (\w+): (\w+)", log)
+    assert results == [("more", "ok"), ("ops", "FAILED"), ("compile", "FAILED")]
+    ran = re.findall("^ran -m (\\S+)", log, re.MULTILINE)
+    assert ran == ["benchmarks"] * 3 + ["benchmarks.targets"]
+    assert "failed: ops compile; files: gpu.log" in log
+
+
+def test_gpu_script_names_what_its_time_does_not_reach(tmp_path: Path) -> None:
+    finished = run_script(tmp_path, "--dry", "build", "ops", PYTHON="echo", BUDGET="0")
+    assert "out of time, not run: env CCP_CUDA=0" in finished.stdout
+    assert "== ops" not in finished.stdout and finished.returncode == 1  # nothing was built
+
+
+def test_gpu_script_names_an_unknown_phase(tmp_path: Path) -> None:
+    finished = run_script(tmp_path, "everything")
+    assert finished.returncode == 255 and "unknown phase 'everything': build" in finished.stderr
+
+
 @pytest.mark.gpu
 def test_check_reaches_every_kernel(cuda: str) -> None:
     from torch.profiler import ProfilerActivity, profile
