@@ -121,6 +121,7 @@ def _figures(times: list[float], work: Work, limits: Limits) -> dict:
         "TFLOP/s": 1e-12 * work.operations / middle,
         "bound by": bound,
         "% of limit": 100 * floor / middle,
+        "% of matrix rate": 100 * work.products / middle / limits.rate(work.rate),
         "% of copy": 100 * work.bytes / middle / limits.copy,
         "% of two-stream read": 100 * work.bytes / middle / limits.read_two,
     }
