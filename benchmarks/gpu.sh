@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension, then tests, measures and sanitizes it on this machine's GPU, without a
-# network. Leaves at most 6 small files in OUT, each written as its figures are made.
+# network. Leaves at most 6 small files in OUT, written while it runs.
 #
 #   bash benchmarks/gpu.sh OUT [--dry] [build] [test] [ops] [model] [more] [sanitize] [compile]
 #
