@@ -17,13 +17,14 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, write_results
+from benchmarks.evidence import with_spread
 from ccp_ext import collect, criteria, datasets, models, surgery
 from ccp_ext.checkpoints import load_model
 from ccp_ext.compensation import reestimate_batchnorm
@@ -209,9 +210,7 @@ class _Results:
 def _cells(label: str, rows: list[dict[str, Any]]) -> dict[str, str]:
     cells = {"selection": label}
     for key in MEASURED:
-        values = [row[key] for row in rows]
-        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        cells[key] = f"{mean(values):.2f}{spread}"
+        cells[key] = with_spread([row[key] for row in rows])
     return cells
 
 

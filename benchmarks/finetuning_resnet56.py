@@ -1,0 +1,159 @@
+"""ResNet-56 / CIFAR-10 with fine-tuning: CCP at 52.6% and CCP-AC at 47.0% fewer MACs, and controls.
+
+    python -m benchmarks.finetuning_resnet56 --weights resnet56-4bfd9763.th --data data/cifar10
+
+Each network is pruned, repaired by least squares and trained by one schedule. The controls are
+random channels and the unpruned network with the same schedule: what it gains, pruning did not.
+The budgets are those of CCP's published table (Peng et al., ICML 2019). Rows are written as they
+are done, and a second call continues; an interrupted training goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.evidence import UNPRUNED, Rows, Subject, add_arguments
+from ccp_ext import criteria, surgery
+from ccp_ext.auxiliary import AuxiliaryHeads
+from ccp_ext.compensation import refit
+from ccp_ext.criteria import gather
+from ccp_ext.finetune import FinetuneConfig, finetune
+from ccp_ext.graph import trace
+from ccp_ext.planning import make_plan
+
+NAME = "finetuning_resnet56"
+KEY = ("criterion", "MACs kept", "allocation", "stage", "epochs", "learning rate", "seed")
+AUXILIARY_HEADS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A criterion with the share of the MACs that it keeps."""
+
+    criterion: str
+    macs: float = 1.0
+    allocation: str = "uniform"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {
+            "criterion": self.criterion,
+            "MACs kept": f"{self.macs:.1%}",
+            "allocation": self.allocation if self.macs < 1 else None,
+        }
+
+
+ARMS = (
+    Arm("ccp", 0.474, "optimal"),
+    Arm("ccp-ac", 0.53, "optimal"),
+    Arm(UNPRUNED),
+    Arm("random", 0.474),
+    Arm("l1", 0.474),
+    Arm("random", 0.53),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--images", type=int, default=2_500, help="for the statistics")
+    parser.add_argument("--refit-images", type=int, default=2_500)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpoints", default="build/finetuning", help="folder")
+    options = parser.parse_args()
+
+    subject = Subject(options.weights, options.data)
+    rows = Rows(NAME, KEY, {"images": options.images, "refit images": options.refit_images})
+    before = Arm(UNPRUNED).columns | {"stage": "as given"}
+    if not rows.has(before):
+        rows.add(before, subject.accuracies(subject.model))
+    for seed in options.seeds:
+        for arm in ARMS:
+            _measure(rows, subject, options, arm, seed)
+    _finish(rows, options)
+
+
+def _measure(rows: Rows, subject: Subject, options: Any, arm: Arm, seed: int) -> None:
+    """The rows of one network, before its training and after."""
+    schedule = {"epochs": options.epochs, "learning rate": options.learning_rate}
+    key = {**arm.columns, "seed": seed}
+    tuned = {**key, **schedule, "stage": "fine-tuned"}
+    if rows.has(tuned):
+        return
+    start = time.monotonic()
+    model, repaired = copy.deepcopy(subject.model), {**key, "stage": "refitted"}
+    if arm.criterion != UNPRUNED:
+        model = _pruned(subject, options, arm, seed)
+        if not rows.has(repaired):
+            figures = {"seconds": time.monotonic() - start}
+            rows.add(repaired, subject.accuracies(model) | figures)
+    start = time.monotonic()
+    _train(model, subject, options, arm, seed)
+    rows.add(tuned, subject.accuracies(model) | {"seconds": time.monotonic() - start})
+
+
+def _pruned(subject: Subject, options: Any, arm: Arm, seed: int) -> nn.Module:
+    """Pruned and refitted; made again, to the same bits, when an interrupted training goes on."""
+    criterion = criteria.get(arm.criterion, criteria.Options(seed=seed))
+    images = subject.draw(seed, options.images)
+    data = gather(subject.model, subject.graph, criterion, images, batch_size=250, progress=False)
+    costs = criterion.costs(subject.model, subject.graph, data)
+    plan = make_plan(subject.graph, costs, macs=arm.macs, allocation=arm.allocation)
+    model = surgery.prune(copy.deepcopy(subject.model), plan)
+    refit(subject.model, model, subject.draw(seed, -options.refit_images), seed=seed)
+    return model
+
+
+def _train(model: nn.Module, subject: Subject, options: Any, arm: Arm, seed: int) -> None:
+    config = FinetuneConfig(
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        augment="crop_flip",
+        channels_last=True,
+        amp=True,
+        seed=seed,
+    )
+    heads = None
+    if arm.criterion == "ccp-ac":
+        torch.manual_seed(seed)
+        graph = trace(model, subject.train.normalise(subject.train.images[:1]))
+        classes = subject.train.num_classes
+        heads = AuxiliaryHeads.spread(model, graph, classes, count=AUXILIARY_HEADS)
+    folder = Path(options.checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"{arm.criterion}-{arm.macs}-{options.epochs}-{seed}.pt"
+    finetune(
+        model,
+        subject.train,
+        config,
+        device=options.device,
+        auxiliary=heads,
+        checkpoint=checkpoint,
+        progress=False,
+    )
+    model.to("cpu", memory_format=torch.contiguous_format)
+
+
+def _finish(rows: Rows, options: Any) -> None:
+    rows.write_table(
+        "ResNet-56 / CIFAR-10 with fine-tuning",
+        "Test accuracy in percent, mean over the seeds (and standard deviation). "
+        f"{options.images:,} training images for the statistics, {options.refit_images:,} for the "
+        "refit; then all 50,000 with random crops and flips: SGD with Nesterov momentum, cosine "
+        "schedule, bfloat16 autocast. The unpruned network has the same schedule.",
+        rows.arms(),
+    )
+
+
+if __name__ == "__main__":
+    main()
