@@ -20,10 +20,16 @@ FREE = 2  # in the state of a search, beside 0 and 1
 
 _SMALLEST_SCALE = 1e-100  # beside entries of about 1: F may be zero
 _SMALLEST_LOWERED = 48  # free channels, of which the search is done in milliseconds
+_LARGEST_LOWERED = 1024  # of which no search gets beyond its root
 _STEPS = 9
 _FACTORISATIONS = 12  # that take as long as a step
 _GRANTED = 0.25  # of the time that is left
 _BACK = 0.9  # of the way to where S becomes singular
+_SMALLEST_MIXED = 384  # free channels, of which the search alone gets further
+_ROUNDS, _SWEEPS, _LAST = 100, 3, 200
+_LEAST_MIXING = 100 * 2e-10  # seconds of use, a product of two vectors' entries
+_RANK = 1.4  # times the square root of the channels; that of some solution is sqrt(2 n) at most
+_COUPLING = 0.05  # of the mean diagonal
 _LEAST_GAIN = 0.02  # of a channel that the relaxation decides, beside 1/8 of one at 1/2
 
 
@@ -64,7 +70,7 @@ def lowered_where_free(
         seconds: what the search may take in all; a part of it goes into the steps.
     """
     core = np.flatnonzero(free)
-    if len(core) < _SMALLEST_LOWERED:
+    if not _SMALLEST_LOWERED <= len(core) <= _LARGEST_LOWERED:
         return cost
     decided = mask & ~free
     inner = _restricted(cost, core, decided)
@@ -81,6 +87,83 @@ def lowered_where_free(
     shift[core] = _lowering(inner, gain, _GRANTED * seconds)
     defect = _rounding(_with_diagonal(inner.quadratic, -shift[core]))
     return _shifted(cost, -shift, defect)
+
+
+def semidefinite_bound(
+    cost: QuadraticCost, count: int, mask: np.ndarray, free: np.ndarray, seconds: float, seed: int
+) -> float:
+    """A lower bound on masks with ``count`` ones that agree with ``mask`` where it is not ``free``.
+
+    That of the relaxation with X in the place of mm', where X - xx' is positive semidefinite,
+    X_ii = x_i and products of two entries are not negative, be they m_i or 1 - m_i, whichever x
+    expects to be small. Any multipliers D of the diagonal and N >= 0 of the products turn the cost
+    into one that is nowhere larger on masks, of S - diag(D) - N; where that is convex, its
+    relaxation over the box is the bound (A. Billionnet, S. Elloumi and A. Lambert, "Extending the
+    QCR method to general mixed-integer programs", 2012, with equality constraints as here).
+
+    Args:
+        cost: convex.
+        seconds: what this may take, about; -infinity is returned if it is too little.
+    """
+    core = np.flatnonzero(free)
+    size = len(core)
+    if size < _SMALLEST_MIXED:
+        return -math.inf
+    rank = math.ceil(_RANK * math.sqrt(size))
+    if _LEAST_MIXING * rank * size * size > seconds:
+        return -math.inf
+    inner = _restricted(cost, core, mask & ~free)
+    total = count - int(np.count_nonzero(mask & ~free))
+    constant = _solver.objective(cost.quadratic, cost.linear, mask & ~free)
+    below, constant_below = _below(inner, total, mask[core], rank, seconds, seed)
+    if not np.isfinite(below.quadratic).all():
+        return -math.inf
+    convex = convexified(below)
+    bound = _solver.relaxation_bound(
+        convex.quadratic, convex.linear, total, convex.defect, mask[core]
+    )
+    entries = sum(
+        float(np.abs(values).sum())
+        for values in (below.quadratic, below.linear, cost.quadratic, cost.linear)
+    )
+    rounding = 8 * (size + 2) * float(np.finfo(np.float64).eps) * entries
+    return bound + constant + constant_below - rounding
+
+
+def _below(
+    cost: QuadraticCost, total: int, mask: np.ndarray, rank: int, seconds: float, seed: int
+) -> tuple[QuadraticCost, float]:
+    """A cost and a constant to add that are no larger on masks with ``total`` ones."""
+    size = len(cost.linear)
+    x = _solver.relaxed_minimum(cost.quadratic, cost.linear, total, mask.astype(np.float64))
+    slope = cost.quadratic @ x - cost.linear
+    price = np.median(slope[np.argsort(np.abs(x - 0.5), kind="stable")[: size // 8 + 1]])
+    flipped = x > 0.5
+    sign = np.where(flipped, -1.0, 1.0)
+    signs = np.outer(sign, sign)
+    # coupling / 2 (1'm - total)^2 and the price of 1'm keep the vectors near the constraint.
+    coupling = _COUPLING * float(np.diagonal(cost.quadratic).mean())
+    coupled = cost.quadratic + coupling
+    linear = cost.linear + coupling * total + price
+    diagonal, products = _solver.semidefinite_multipliers(
+        coupled * signs,
+        sign * (linear - coupled @ flipped),
+        np.where(flipped, 1 - x, x),
+        rank=rank,
+        rounds=_ROUNDS,
+        sweeps=_SWEEPS,
+        last=_LAST,
+        time_limit=seconds,
+        seed=seed,
+    )
+    # On masks, coupling / 2 (1'm)^2 equals coupling / 2 total 1'm. The literals' products are
+    # those of f + sign m: N costs 1/2 m'(N * signs)m + (sign * Nf)'m + 1/2 f'Nf.
+    quadratic = coupled - products * signs
+    shift = diagonal - np.diagonal(coupled)
+    np.fill_diagonal(quadratic, diagonal)
+    costs = products @ flipped
+    linear = cost.linear + 0.5 * (coupling * total + shift) + sign * costs
+    return QuadraticCost(quadratic, linear), -0.5 * float(costs[flipped].sum())
 
 
 def lowered(cost: QuadraticCost) -> QuadraticCost:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ccp_ext import _solver
 from ccp_ext.errors import InputError
 from ccp_ext.selection.arguments import Limits, to_count, to_limits, to_seed
-from ccp_ext.selection.convex import FREE, convexified, lowered_where_free
+from ccp_ext.selection.convex import FREE, convexified, lowered_where_free, semidefinite_bound
 from ccp_ext.selection.items import to_items
 from ccp_ext.selection.progress import Progress
 from ccp_ext.selection.quadratic import QuadraticCost, in_range, mean_of_random, quadratic_cost
@@ -26,6 +26,7 @@ WEIGHTED_METHODS = ("auto", "branch_and_bound", "round")
 
 # Enumerating this many subsets takes some milliseconds.
 _MAX_ENUMERATED = 200_000
+_MIXED = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +300,16 @@ def _certified(
     seconds = task.limits.left()
     if found.complete or seconds == 0:
         return found
+    bound = found.lower_bound
+    if task.weights is None:
+        cutoff = _solver.objective(convex.quadratic, convex.linear, found.mask)
+        cutoff -= max(gap, found.tolerance)
+        free = found.state == FREE
+        seconds_mixed = _MIXED * seconds
+        bound = max(bound, min(cutoff, semidefinite_bound(
+            convex, task.count, found.mask, free, seconds_mixed, task.seed)))
+        print(f"{time.monotonic():.2f} sdp {bound}", flush=True)
+    seconds = task.limits.left()
     lowered = lowered_where_free(
         convex, task.count, task.weights, found.mask, found.state == FREE, seconds
     )
@@ -307,7 +318,7 @@ def _certified(
         task.limits.nodes,
         mask=found.mask,
         state=found.state,
-        lower_bound=found.lower_bound,
+        lower_bound=bound,
         tolerance=found.tolerance,
     )
 

@@ -14,12 +14,15 @@
 #include "conjugate.h"
 #include "curve.h"
 #include "problem.h"
+#include "semidefinite.h"
 #include "swap.h"
 
 namespace py = pybind11;
 namespace solver = ccp::solver;
 
 namespace {
+
+constexpr double kRounds = 0.7;  // of the time that semidefinite multipliers may take
 
 using solver::Index;
 using Doubles = py::array_t<double, py::array::c_style>;
@@ -190,6 +193,34 @@ Doubles relaxed_minimum(const Doubles& quadratic, const Doubles& linear, Index r
   return Doubles(static_cast<py::ssize_t>(x.size()), x.data());
 }
 
+py::tuple semidefinite_multipliers(const Doubles& quadratic, const Doubles& linear,
+                                   const Doubles& start, Index rank, Index rounds, Index sweeps,
+                                   Index last, double time_limit, std::uint64_t seed) {
+  const solver::MixingSchedule schedule{
+      rank, rounds, sweeps, last, deadline_in(kRounds * time_limit), deadline_in(time_limit)};
+  const solver::Problem problem = make_problem(quadratic, linear);
+  if (start.ndim() != 1 || start.shape(0) != problem.size) {
+    throw std::invalid_argument("expected start [n]");
+  }
+  const std::vector<double> x(start.data(), start.data() + problem.size);
+  const solver::Multipliers found = without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::semidefinite_multipliers(problem, x, schedule, seed, checkpoint);
+  });
+  const auto size = static_cast<py::ssize_t>(problem.size);
+  return py::make_tuple(Doubles(size, found.diagonal.data()),
+                        Doubles({size, size}, found.products.data()));
+}
+
+double relaxation_bound(const Doubles& quadratic, const Doubles& linear, Index r, double defect,
+                        const Bools& mask) {
+  const solver::Problem problem = make_problem(quadratic, linear);
+  check_count(problem.size, r);
+  const solver::Mask start = to_mask(mask, problem.size);
+  return without_lock([&](const solver::Checkpoint& checkpoint) {
+    return solver::relaxation_bound(problem, r, defect, start, checkpoint);
+  });
+}
+
 Bools round_relaxation(const Doubles& quadratic, const Doubles& linear, Index r, double time_limit,
                        const std::optional<Doubles>& weight) {
   const solver::Limits limits{deadline_in(time_limit), 0, 0};
@@ -277,6 +308,12 @@ PYBIND11_MODULE(_solver, module) {
       "which is free. The last four arguments are known from an earlier search.");
   module.def("relaxed_minimum", &relaxed_minimum, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("start"), py::arg("weight") = py::none());
+  module.def("semidefinite_multipliers", &semidefinite_multipliers, py::arg("quadratic"),
+             py::arg("linear"), py::arg("start"), py::arg("rank"), py::arg("rounds"),
+             py::arg("sweeps"), py::arg("last"), py::arg("time_limit"), py::arg("seed"),
+             "(diagonal [n], products [n, n])");
+  module.def("relaxation_bound", &relaxation_bound, py::arg("quadratic"), py::arg("linear"),
+             py::arg("r"), py::arg("defect"), py::arg("mask"));
   module.def("round_relaxation", &round_relaxation, py::arg("quadratic"), py::arg("linear"),
              py::arg("r"), py::arg("time_limit"), py::arg("weight") = py::none());
   module.def("curve", &curve, py::arg("quadratic"), py::arg("linear"), py::arg("counts"),

@@ -122,6 +122,11 @@ class Search {
     return {best_, std::min(bound_, least_), bound_ >= cutoff(), tolerance_, expanded_, state_};
   }
 
+  double bound() {
+    solve_root(kBoundPrecision * std::abs(least_ - problem_.constant));
+    return bound_;
+  }
+
   Mask round() {
     start();
     solve_root(kRoundedPrecision * std::abs(least_ - problem_.constant));
@@ -382,6 +387,7 @@ class Search {
   static constexpr Index kMostRoundedAtRoot = Index{1} << 31;
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
+  static constexpr double kBoundPrecision = 1e-5;
   static constexpr std::int64_t kProposals = 2000;   // a channel, for a unit of annealing
   static constexpr std::int64_t kMostUnits = 16;     // before the search
   static constexpr std::int64_t kRounding = 32;
@@ -420,6 +426,13 @@ Certified branch_and_bound(const Problem& problem, Index r, double defect, const
                            const Limits& limits, std::uint64_t seed, const Report& report,
                            const Checkpoint& checkpoint) {
   return Search(problem, r, defect, known, limits, seed, report, checkpoint).run();
+}
+
+double relaxation_bound(const Problem& problem, Index r, double defect, const Mask& start,
+                        const Checkpoint& checkpoint) {
+  const Known known{start, {}, -kInfinity, 0};
+  const Limits limits{std::chrono::steady_clock::time_point::max(), 0, 0};
+  return Search(problem, r, defect, known, limits, 0, nullptr, checkpoint).bound();
 }
 
 Mask round_relaxation(const Problem& problem, Index r, const Limits& limits,

@@ -120,6 +120,11 @@ Certified branch_and_bound(const Problem& problem, Index r, double defect, const
 std::vector<double> relaxed_minimum(const Problem& problem, Index r, std::vector<double> start,
                                     const Checkpoint& checkpoint);
 
+// The bound that the relaxation gives, lowered by the rounding errors, for an S
+// whose least eigenvalue is -defect or more. The start has weight r.
+double relaxation_bound(const Problem& problem, Index r, double defect, const Mask& start,
+                        const Checkpoint& checkpoint);
+
 // The relaxation's solution, rounded, and swap descent from there. S should be positive
 // semidefinite, but the mask is one of weight r for any S.
 Mask round_relaxation(const Problem& problem, Index r, const Limits& limits,
