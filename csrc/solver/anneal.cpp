@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <utility>
 
@@ -9,17 +10,28 @@
 namespace ccp::solver {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
+
 class Annealing {
  public:
   Annealing(const Problem& problem, Mask start, std::uint64_t seed)
-      : problem_(problem), mask_(std::move(start)), generator_(seed) {
+      : problem_(problem),
+        mask_(std::move(start)),
+        plain_(all_ones(problem.weight)),
+        generator_(seed) {
     for (Index i = 0; i < problem.size; ++i) (mask_[i] ? chosen_ : others_).push_back(i);
     gradient_ = gradient(problem_, mask_);
+    for (Index i = 0; i < problem.size; ++i) half_.push_back(0.5 * problem.diagonal(i));
   }
 
-  Mask run(std::int64_t proposals, const Expired& expired) {
+  Mask run(std::int64_t proposals, Clock::time_point deadline, const Expired& expired) {
     if (chosen_.empty() || others_.empty()) return mask_;
-    const double hottest = typical_change();
+    const Clock::time_point begin = Clock::now();
+    const double typical = typical_change();
+    const double length = static_cast<double>(proposals) / (kShort * problem_.size);
+    const double hottest = std::clamp(kHotter * std::cbrt(length), kHot, kHottest) * typical;
+    const double cooling = kColdest * typical / hottest;
     Mask best = mask_;
     double cost = 0;  // relative to the start
     double least = 0;
@@ -27,11 +39,14 @@ class Annealing {
     for (std::int64_t k = 0; k < proposals; ++k) {
       if (k % kStage == 0) {
         if (expired()) break;
-        temperature = hottest * std::pow(kColdest, static_cast<double>(k) / proposals);
+        // What is too long for the time cools faster.
+        const double done = std::max(static_cast<double>(k) / proposals,
+                                     (Clock::now() - begin) / Seconds(deadline - begin));
+        temperature = hottest * std::pow(cooling, done);
       }
-      const Index in = generator_.below(others_.size());
-      const Index out = generator_.below(chosen_.size());
-      if (problem_.weight[others_[in]] != problem_.weight[chosen_[out]]) continue;
+      const Index in = generator_.index(others_.size());
+      const Index out = generator_.index(chosen_.size());
+      if (!plain_ && problem_.weight[others_[in]] != problem_.weight[chosen_[out]]) continue;
       const double rise = change(others_[in], chosen_[out]);
       if (rise > 0 &&
           (rise > kNever * temperature || generator_.unit() >= std::exp(-rise / temperature))) {
@@ -49,18 +64,18 @@ class Annealing {
 
  private:
   double change(Index enter, Index leave) const {
-    return gradient_[enter] + 0.5 * problem_.diagonal(enter) + 0.5 * problem_.diagonal(leave) -
-           gradient_[leave] - problem_.row(enter)[leave];
+    return gradient_[enter] + half_[enter] + half_[leave] - gradient_[leave] -
+           problem_.row(enter)[leave];
   }
 
   double typical_change() {
     constexpr int kSamples = 200;
     double total = 0;
     for (int k = 0; k < kSamples; ++k) {
-      const Index in = generator_.below(others_.size());
-      total += std::abs(change(others_[in], chosen_[generator_.below(chosen_.size())]));
+      const Index in = generator_.index(others_.size());
+      total += std::abs(change(others_[in], chosen_[generator_.index(chosen_.size())]));
     }
-    return kHottest * total / kSamples;
+    return total / kSamples;
   }
 
   void swap(Index in, Index out) {
@@ -75,23 +90,30 @@ class Annealing {
   }
 
   static constexpr std::int64_t kStage = 1024;
-  static constexpr double kHottest = 0.05;  // of the mean absolute change at the start
-  static constexpr double kColdest = 0.15;  // of the hottest
-  static constexpr double kNever = 30;      // exp(-30) is less than one in 10^13
+  // Temperatures at the start and at the end, of the mean absolute change at the start. What is
+  // longer than kShort starts hotter.
+  static constexpr double kHot = 0.05;
+  static constexpr double kHotter = 0.05;  // times the cube root of the length
+  static constexpr double kHottest = 0.2;
+  static constexpr double kColdest = 0.0075;
+  static constexpr double kShort = 2000;  // proposals a channel
+  static constexpr double kNever = 30;    // exp(-30) is less than one in 10^13
 
   const Problem& problem_;
   Mask mask_;
   std::vector<Index> chosen_;
   std::vector<Index> others_;
   std::vector<double> gradient_;
+  std::vector<double> half_;  // of the diagonal
+  bool plain_;                // all channels weigh 1
   SplitMix64 generator_;
 };
 
 }  // namespace
 
 Mask anneal(const Problem& problem, Mask start, std::int64_t proposals, std::uint64_t seed,
-            const Expired& expired) {
-  return Annealing(problem, std::move(start), seed).run(proposals, expired);
+            Clock::time_point deadline, const Expired& expired) {
+  return Annealing(problem, std::move(start), seed).run(proposals, deadline, expired);
 }
 
 }  // namespace ccp::solver

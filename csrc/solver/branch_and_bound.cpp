@@ -209,8 +209,9 @@ class Search {
   void search() {
     make_core();
     const double before = least_;
-    const std::int64_t most = limits_.nodes > 0 ? kMostUnits : 1;
-    for (std::int64_t units = 1; units <= most; units *= 2) {
+    const bool hopeless = core_.problem.size > kLargestSearched;
+    const std::int64_t most = limits_.nodes == 0 ? 1 : hopeless ? kLongest : kMostUnits;
+    for (std::int64_t units = hopeless ? most : 1; units <= most; units *= 2) {
       const double least = least_;
       anneal_core(units);
       if (least_ == least) break;
@@ -286,7 +287,8 @@ class Search {
     const Mask start = inner(best_);
     if (weight_of(core_.problem, start) != core_.relaxation.total) return;
     const std::int64_t proposals = units * kProposals * core_.problem.size;
-    const Mask found = anneal(core_.problem, start, proposals, seed_ + expanded_, expired_);
+    const Mask found =
+        anneal(core_.problem, start, proposals, seed_ + expanded_, limits_.deadline, expired_);
     consider(outer(core_swaps_->run(found, checkpoint_)));
   }
 
@@ -388,8 +390,10 @@ class Search {
   static constexpr Index kMostRoundedAtNode = Index{1} << 18;
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
   static constexpr double kBoundPrecision = 1e-5;
-  static constexpr std::int64_t kProposals = 2000;   // a channel, for a unit of annealing
-  static constexpr std::int64_t kMostUnits = 16;     // before the search
+  static constexpr std::int64_t kProposals = 2000;  // a channel, for a unit of annealing
+  static constexpr std::int64_t kMostUnits = 16;    // before the search
+  static constexpr Index kLargestSearched = 1024;   // more channels leave no time for nodes
+  static constexpr std::int64_t kLongest = 512;     // before their search
   static constexpr std::int64_t kRounding = 32;
   static constexpr std::int64_t kNodesWorthAnnealing = 1 << 25;  // times the squared channels
   static constexpr std::int64_t kReporting = 64;

@@ -32,6 +32,9 @@ struct RowKernels {
   // Where a - factor * b is least.
   Index (*find_least_difference)(Index size, double factor, const double* a, const double* b);
   Index (*find_largest_gain)(Index size, const GainTerms& terms);
+  // sum += the rows of a matrix [count, width], each times its factor; 8 must divide the width.
+  void (*combine)(Index count, Index width, const double* factors, const double* matrix,
+                  double* sum);
   double (*dot)(Index size, const double* a, const double* b);
   double (*absolute_sum)(Index size, const double* row);
   double (*largest)(Index size, const double* row);  // -infinity if there is none

@@ -78,10 +78,10 @@ std::array<Mask, 2> greedy(const Problem& problem, Index r, const Checkpoint& ch
 Mask enumerate(const Problem& problem, Index r, const Checkpoint& checkpoint);
 
 // Simulated annealing over random exchanges, with a fixed number of proposals from a temperature
-// that the start's changes set. Exchanges channels of equal weight only. Returns the best mask met,
-// the start if none was better.
+// that the start's changes set; it cools faster where the deadline would come before the end.
+// Exchanges channels of equal weight only. Returns the best mask met, the start if none was better.
 Mask anneal(const Problem& problem, Mask start, std::int64_t proposals, std::uint64_t seed,
-            const Expired& expired);
+            std::chrono::steady_clock::time_point deadline, const Expired& expired);
 
 struct Limits {
   std::chrono::steady_clock::time_point deadline;

@@ -24,6 +24,9 @@ class SplitMix64 {
     return draw % bound;
   }
 
+  // In [0, bound) for a bound below 2^32, uniform but for a bias of less than bound / 2^32.
+  std::uint64_t index(std::uint64_t bound) { return (next() >> 32) * bound >> 32; }
+
   // Uniform in [0, 1), a multiple of 2^-53.
   double unit() { return static_cast<double>(next() >> 11) * 0x1p-53; }
 

@@ -122,6 +122,29 @@ Index find_largest_gain(Index size, const GainTerms& terms) {
   return least.finish(j, size, tail);
 }
 
+template <Index kWide>
+CCP_INLINE void combine_columns(Index count, Index width, const double* factors,
+                                const double* matrix, double* sum) {
+  Doubles total[kWide];
+  for (Index k = 0; k < kWide; ++k) total[k] = load(sum + k * kLanes);
+  for (Index j = 0; j < count; ++j) {
+    for (Index k = 0; k < kWide; ++k) {
+      total[k] += factors[j] * load(matrix + j * width + k * kLanes);
+    }
+  }
+  for (Index k = 0; k < kWide; ++k) store(sum + k * kLanes, total[k]);
+}
+
+void combine(Index count, Index width, const double* factors, const double* matrix, double* sum) {
+  Index k = 0;
+  for (; k + 8 * kLanes <= width; k += 8 * kLanes) {
+    combine_columns<8>(count, width, factors, matrix + k, sum + k);
+  }
+  for (; k < width; k += kLanes) {
+    combine_columns<1>(count, width, factors, matrix + k, sum + k);
+  }
+}
+
 double dot(Index size, const double* a, const double* b) {
   Doubles lanes{};
   Index j = 0;
@@ -165,6 +188,7 @@ solver::RowKernels row_kernels() {
           find_least_sum,
           find_least_difference,
           find_largest_gain,
+          combine,
           dot,
           absolute_sum,
           largest};

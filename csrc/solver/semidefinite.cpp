@@ -18,14 +18,17 @@ class Mixing {
   Mixing(const Problem& problem, const std::vector<double>& x, Index rank, std::uint64_t seed)
       : problem_(problem),
         size_(problem.size),
-        width_(rank + 1),
+        width_((rank + 7) / 8 * 8),
         vectors_(size_ * width_),
         diagonal_(size_),
         slope_(width_),
         modified_(problem.quadratic, problem.quadratic + size_ * size_),
         products_(size_ * size_) {
     SplitMix64 generator(seed);
-    for (Index i = 0; i < size_; ++i) place(vector(i), x[i], generator);
+    for (Index i = 0; i < size_; ++i) {
+      place(vector(i), x[i], generator);
+      modified_[i * size_ + i] = 0;
+    }
   }
 
   void sweep() {
@@ -79,9 +82,7 @@ class Mixing {
   void update(Index i) {
     const double* row = &modified_[i * size_];
     std::fill(slope_.begin(), slope_.end(), 0.0);
-    for (Index j = 0; j < size_; ++j) {
-      if (j != i) rows.add(width_, row[j], vector(j), slope_.data());
-    }
+    rows.combine(size_, width_, row, vectors_.data(), slope_.data());
     slope_[0] += 0.5 * problem_.diagonal(i) - problem_.linear[i];
     const double length = std::sqrt(rows.dot(width_, slope_.data(), slope_.data()));
     diagonal_[i] = 2 * length;
@@ -97,7 +98,7 @@ class Mixing {
   std::vector<double> vectors_;
   std::vector<double> diagonal_;
   std::vector<double> slope_;
-  std::vector<double> modified_;  // S minus the multipliers of the products
+  std::vector<double> modified_;  // S without its diagonal, minus multipliers
   std::vector<double> products_;  // their mean; the lower triangle until it is taken
 };
 
