@@ -169,3 +169,56 @@ def test_a_search_with_a_lowered_diagonal_proves_the_true_optimum(monkeypatch, w
             assert choice.lower_bound <= least <= choice.objective + 1e-12
         assert choice.status == "optimal"
         assert choice.objective == pytest.approx(least, abs=1e-12)
+
+
+def coupled(seed, c):
+    """Samples of few common directions beside noise of their own."""
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(2 * c, 3)) @ rng.normal(size=(3, c)) + rng.normal(size=(2 * c, c))
+    q += rng.normal(size=c)
+    q /= np.sqrt(c)
+    return q.T @ q / len(q), q.mean(axis=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_semidefinite_bound_is_below_the_optimum_and_above_the_relaxation(monkeypatch, seed):
+    monkeypatch.setattr(convex, "_SMALLEST_MIXED", 2)
+    S, u = coupled(seed, 14)
+    cost = convex.convexified(QuadraticCost(S, u))
+    masks = np.array(list(itertools.product((False, True), repeat=14)))
+    gains = []
+    for r in (3, 7, 12):
+        allowed = masks[masks.sum(axis=1) == r]
+        costs = 0.5 * ((allowed @ S) * allowed).sum(axis=1) - allowed @ u
+        best, spread = allowed[costs.argmin()], costs.mean() - costs.min()
+        free = np.arange(14) > 1  # among the masks that agree with the best elsewhere
+        for open_ in (np.ones(14, bool), free):
+            bound = convex.semidefinite_bound(cost, r, best, open_, math.inf, seed)
+            assert costs.min() - 0.2 * spread < bound <= costs.min()
+        root = _solver.relaxation_bound(cost.quadratic, cost.linear, r, cost.defect, best)
+        bound = convex.semidefinite_bound(cost, r, best, np.ones(14, bool), math.inf, seed)
+        gains.append((bound - root) / (costs.min() - root))
+    assert min(gains) > 0.1 and np.median(gains) > 0.3
+
+
+def test_multipliers_of_products_raise_the_bound(monkeypatch):
+    monkeypatch.setattr(convex, "_SMALLEST_MIXED", 2)
+    S, u = coupled(3, 60)
+    cost = convex.convexified(QuadraticCost(S, u))
+    mask = select(S, u=u, r=30, method="round").removed.numpy()
+    free = np.ones(60, bool)
+    found = convex.semidefinite_bound(cost, 30, mask, free, math.inf, 0)
+    assert found == convex.semidefinite_bound(cost, 30, mask, free, math.inf, 0)
+    monkeypatch.setattr(convex, "_ROUNDS", 0)
+    assert found > convex.semidefinite_bound(cost, 30, mask, free, math.inf, 0)
+
+
+def test_a_search_with_a_semidefinite_bound_proves_the_true_optimum(monkeypatch):
+    S, u = coupled(5, 30)
+    plain = select(S, u=u, r=12, time_limit=math.inf)
+    monkeypatch.setattr(convex, "_SMALLEST_MIXED", 2)
+    bounded = select(S, u=u, r=12, time_limit=math.inf)
+    assert bounded.status == plain.status == "optimal"
+    assert np.array_equal(bounded.removed, plain.removed)
+    stopped = select(S, u=u, r=12, time_limit=math.inf, node_limit=1)
+    assert stopped.lower_bound <= plain.objective + 1e-12

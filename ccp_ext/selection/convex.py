@@ -26,9 +26,9 @@ _FACTORISATIONS = 12  # that take as long as a step
 _GRANTED = 0.25  # of the time that is left
 _BACK = 0.9  # of the way to where S becomes singular
 _SMALLEST_MIXED = 384  # free channels, of which the search alone gets further
-_ROUNDS, _SWEEPS, _LAST = 100, 3, 200
+_ROUNDS, _SWEEPS, _LAST = 100, 3, 150
 _LEAST_MIXING = 100 * 2e-10  # seconds of use, a product of two vectors' entries
-_RANK = 1.4  # times the square root of the channels; that of some solution is sqrt(2 n) at most
+_RANK = 1.8  # times the square root of the channels; that of some solution is sqrt(2 n) at most
 _COUPLING = 0.05  # of the mean diagonal
 _LEAST_GAIN = 0.02  # of a channel that the relaxation decides, beside 1/8 of one at 1/2
 
@@ -116,8 +116,6 @@ def semidefinite_bound(
     total = count - int(np.count_nonzero(mask & ~free))
     constant = _solver.objective(cost.quadratic, cost.linear, mask & ~free)
     below, constant_below = _below(inner, total, mask[core], rank, seconds, seed)
-    if not np.isfinite(below.quadratic).all():
-        return -math.inf
     convex = convexified(below)
     bound = _solver.relaxation_bound(
         convex.quadratic, convex.linear, total, convex.defect, mask[core]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ccp_ext import _solver
-from ccp_ext.selection.arguments import to_count, to_limits, to_seed
+from ccp_ext.selection.arguments import to_count, to_limits
 from ccp_ext.selection.convex import convexified, lowered
 from ccp_ext.selection.items import to_protected
 from ccp_ext.selection.quadratic import QuadraticCost, in_range, quadratic_cost
@@ -44,7 +44,6 @@ def curve(
     u: Any = None,
     counts: Sequence[int] | None = None,
     protected: Any = None,
-    seed: int = 0,
     time_limit: float = math.inf,
 ) -> Curve:
     """Bound the least cost of removing r channels, for many r at once, with masks near it.
@@ -56,7 +55,6 @@ def curve(
         F, Q, u: the cost, as for :func:`select`.
         counts: numbers of channels to remove; None is 0, 1, ... up to all that are not protected.
         protected: bool [C] or indices of channels that stay.
-        seed: nothing is drawn; checked, so that callers can pass theirs.
         time_limit: seconds. Counts that are not reached in time get weaker bounds and masks, valid
             all the same; without a limit the result is deterministic.
 
@@ -64,7 +62,6 @@ def curve(
         InputError: as :func:`select`, and a count out of range.
     """
     limits = to_limits(time.monotonic(), time_limit, 0.0, None, op="curve")
-    to_seed("curve", seed)
     cost = quadratic_cost(F, Q, u, op="curve")
     channels = len(cost.linear)
     open_ = np.flatnonzero(~to_protected("curve", protected, channels))

@@ -26,7 +26,7 @@ WEIGHTED_METHODS = ("auto", "branch_and_bound", "round")
 
 # Enumerating this many subsets takes some milliseconds.
 _MAX_ENUMERATED = 200_000
-_MIXED = 0.5
+_SEMIDEFINITE = 0.5  # of the time that the root leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,18 +301,16 @@ def _certified(
     if found.complete or seconds == 0:
         return found
     bound = found.lower_bound
-    if task.weights is None:
+    free = found.state == FREE
+    if task.weights is None and task.limits.nodes > 0:
         cutoff = _solver.objective(convex.quadratic, convex.linear, found.mask)
         cutoff -= max(gap, found.tolerance)
-        free = found.state == FREE
-        seconds_mixed = _MIXED * seconds
-        bound = max(bound, min(cutoff, semidefinite_bound(
-            convex, task.count, found.mask, free, seconds_mixed, task.seed)))
-        print(f"{time.monotonic():.2f} sdp {bound}", flush=True)
+        semidefinite = semidefinite_bound(
+            convex, task.count, found.mask, free, _SEMIDEFINITE * seconds, task.seed
+        )
+        bound = max(bound, min(cutoff, semidefinite))  # other masks than those of the state
     seconds = task.limits.left()
-    lowered = lowered_where_free(
-        convex, task.count, task.weights, found.mask, found.state == FREE, seconds
-    )
+    lowered = lowered_where_free(convex, task.count, task.weights, found.mask, free, seconds)
     return search(
         lowered,
         task.limits.nodes,
