@@ -109,7 +109,9 @@ def select(
             - "branch_and_bound" bounds the cost by its convex relaxation over the box, and searches
               until the best mask is proven optimal or a limit is reached. On binary masks
               m_i^2 = m_i, so the least eigenvalue of F is moved into u first: any F will do, but
-              one far from positive semidefinite has a weak bound.
+              one far from positive semidefinite has a weak bound. Where hundreds of channels stay
+              undecided, half of the time goes into a semidefinite bound, and above a thousand the
+              rest into annealing: a gap of about 1% stays on strongly coupled costs.
             - "round" rounds the relaxation and exchanges pairs from there and from both greedy
               starts: the fastest good answer; it proves nothing.
             - "greedy" adds the cheapest channel r times, or gives channels back from the full set,
@@ -273,8 +275,8 @@ class _Certified(NamedTuple):
 def _certified(
     task: _Task, cost: QuadraticCost, gap: float, report: Callable[[float, float], None] | None
 ) -> _Certified:
-    """The relaxation of the whole problem first; the search in a cost with a better relaxation on
-    the channels that the first leaves free."""
+    """The relaxation of the whole problem first; on the channels that it leaves free the
+    semidefinite bound, if they are many, and the search in a cost with a better relaxation."""
 
     def search(convex: QuadraticCost, nodes: int, **known: Any) -> _Certified:
         found = _solver.branch_and_bound(
