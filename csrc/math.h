@@ -51,6 +51,33 @@ CCP_HD float widen(Half value) {
 #endif
 }
 
+// The lower and the upper of two values of 16 bits.
+template <class T>
+CCP_HD float widen_low(uint32_t pair) {
+  return widen(T{static_cast<uint16_t>(pair)});
+}
+
+template <class T>
+CCP_HD float widen_high(uint32_t pair) {
+  return widen(T{static_cast<uint16_t>(pair >> 16)});
+}
+
+template <>
+CCP_HD float widen_high<BFloat16>(uint32_t pair) {
+  return float_from_bits(pair & 0xffff0000u);
+}
+
+#ifdef __CUDA_ARCH__
+template <>
+CCP_HD float widen_high<Half>(uint32_t pair) {
+  float wide;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}"
+      : "=f"(wide)
+      : "r"(pair));
+  return wide;
+}
+#endif
+
 // The type that a kernel accumulates values of type T in.
 template <class T>
 using Accumulator = decltype(widen(T{}));

@@ -11,6 +11,7 @@ struct DivMod {
 
 // Division of numbers that are not negative; 64-bit division is slow and rarely needed.
 __device__ __forceinline__ DivMod div_mod(int64_t a, int64_t b) {
+  if (a < b) return {0, a};
   if (((a | b) >> 32) == 0) {
     const uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
     return {quotient, a - static_cast<int64_t>(quotient) * b};

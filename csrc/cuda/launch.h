@@ -42,9 +42,22 @@ inline int64_t next_power_of_two(int64_t value) {
   return power;
 }
 
+// The rows of x and g: one for each (sample, channel), in this order. A group of threads reads a
+// row in units: 16 bytes from a boundary of 16 bytes on, wherever the row begins and ends.
+struct RowLaunch {
+  int threads;                     // of a group: 8, 32 or kBlockThreads
+  int at_once;                     // rows that a group reads at once
+  int turns;                       // how often
+  Dim outer, inner;                // samples, channels; one dimension where the strides allow it
+  int64_t whole_begin, whole_end;  // rows all of whose units lie within x and g
+  int64_t blocks;                  // of one part
+
+  CCP_HD int64_t rows() const { return outer.size * inner.size; }
+};
+
 struct ChannelDotLaunch {
   int vector;           // elements per load: 1, or as many as kVectorBytes hold
-  int threads_per_row;  // row kernel: 8, 32 or kBlockThreads
+  RowLaunch row;        // of the row kernel
   int channel_threads;  // channels-last kernel: threads side by side along the channels
   Split split;          // of the positions
   int64_t blocks;       // blocks of work; each thread block takes every gridDim.x-th
@@ -76,16 +89,88 @@ inline int vector_width(const ChannelDotParams& params, int element_size) {
   }
 }
 
-inline ChannelDotLaunch plan_rows(const ChannelDotParams& params, int vector) {
+// Whether row after row of x and g begins equally far behind a boundary of 16 bytes, and later in
+// memory than the one before.
+inline bool rows_allow_units(const ChannelDotParams& params, int element_size) {
   const ChannelDotLayout& layout = params.layout;
-  const int64_t rows = layout.sample.size * layout.channel.size;
-  const int64_t loads = ceil_div(layout.positions, vector);
-  const int threads = loads <= 64 ? 8 : loads <= 1024 ? 32 : kBlockThreads;
-  const int64_t rows_per_block = kBlockThreads / threads;
-  const int64_t minimum = static_cast<int64_t>(threads) * vector * unrolled_loads(vector);
-  const Split split = split_work(layout.positions, minimum, vector, ceil_div(rows, rows_per_block));
-  const int64_t blocks = ceil_div(rows * split.count, rows_per_block);
-  return {vector, threads, 0, split, blocks, grid_size(blocks)};
+  const Dim &sample = layout.sample, &channel = layout.channel;
+  const auto alike = [&](const Dim& dim) {
+    return (dim.x_stride - dim.g_stride) * element_size % kVectorBytes == 0;
+  };
+  const auto ascending = [&](int64_t sample_stride, int64_t channel_stride) {
+    return (channel.size == 1 || channel_stride > 0) &&
+           (sample.size == 1 || sample_stride > (channel.size - 1) * channel_stride);
+  };
+  const uintptr_t x = reinterpret_cast<uintptr_t>(params.x);
+  const uintptr_t g = reinterpret_cast<uintptr_t>(params.g);
+  return layout.kind == LayoutKind::kRows && (x - g) % kVectorBytes == 0 && alike(sample) &&
+         alike(channel) && ascending(sample.x_stride, channel.x_stride) &&
+         ascending(sample.g_stride, channel.g_stride);
+}
+
+inline void merge_rows(RowLaunch* row) {
+  Dim &outer = row->outer, &inner = row->inner;
+  if (outer.x_stride != inner.size * inner.x_stride ||
+      outer.g_stride != inner.size * inner.g_stride)
+    return;
+  inner.size *= outer.size;
+  outer = Dim{1, 0, 0};
+}
+
+// Sets whole_begin and whole_end, for ascending rows of units of `vector` elements.
+inline void find_whole_rows(const ChannelDotParams& params, int vector, int element_size,
+                            RowLaunch* row) {
+  const int64_t rows = row->rows(), positions = params.layout.positions;
+  const int64_t shift = reinterpret_cast<uintptr_t>(params.x) % kVectorBytes / element_size;
+  const auto whole = [&](int64_t index, bool at_begin) {
+    const int64_t i = index / row->inner.size, j = index % row->inner.size;
+    const auto inside = [&](int64_t outer_stride, int64_t inner_stride) {
+      const int64_t last = (row->outer.size - 1) * outer_stride +
+                           (row->inner.size - 1) * inner_stride + positions + shift;
+      const int64_t begin = i * outer_stride + j * inner_stride + shift;
+      return at_begin ? begin / vector * vector >= shift
+                      : ceil_div(begin + positions, vector) * vector <= last;
+    };
+    return inside(row->outer.x_stride, row->inner.x_stride) &&
+           inside(row->outer.g_stride, row->inner.g_stride);
+  };
+  while (row->whole_begin < rows && !whole(row->whole_begin, true)) ++row->whole_begin;
+  row->whole_end = rows;
+  while (row->whole_end > row->whole_begin && !whole(row->whole_end - 1, false)) --row->whole_end;
+}
+
+constexpr int64_t kLongestRowPart = 1 << 30;  // the kernel counts a part's elements in 32 bits
+constexpr int kMostTurns = 8;
+
+inline ChannelDotLaunch plan_rows(const ChannelDotParams& params, int element_size) {
+  const ChannelDotLayout& layout = params.layout;
+  const bool whole = vector_width(params, element_size) > 1;
+  const bool in_units = whole || rows_allow_units(params, element_size);
+  const int vector = in_units ? kVectorBytes / element_size : 1;
+  const int64_t shift = whole ? 0 : vector - 1;  // of a row's first element in its unit, at most
+  const int64_t loads = ceil_div(layout.positions + shift, vector);
+  RowLaunch row{};
+  row.outer = layout.sample;
+  row.inner = layout.channel;
+  merge_rows(&row);
+  row.whole_end = row.rows();
+  if (!whole && in_units) find_whole_rows(params, vector, element_size, &row);
+  row.threads = loads <= 64 ? 8 : loads <= 1024 ? 32 : kBlockThreads;
+  const bool evenly_apart = in_units && row.outer.size == 1;
+  row.at_once = !evenly_apart || loads > 16 ? 1 : loads > 8 ? 2 : 4;
+  const int64_t groups = kBlockThreads / row.threads;
+  const int64_t turns = ceil_div(row.whole_end - row.whole_begin, groups * row.at_once);
+  row.turns = evenly_apart && groups > 1
+                  ? static_cast<int>(std::clamp<int64_t>(turns / kTargetBlocks, 1, kMostTurns))
+                  : 1;
+  row.blocks = std::max<int64_t>(ceil_div(turns, row.turns), 1);
+  const int64_t minimum =
+      static_cast<int64_t>(row.threads) * vector * unrolled_loads(vector) / row.at_once;
+  const int64_t span = layout.positions + shift;
+  Split split = split_work(span, minimum, vector, row.blocks);
+  if (split.length > kLongestRowPart) split = {ceil_div(span, kLongestRowPart), kLongestRowPart};
+  const int64_t blocks = row.blocks * split.count;
+  return {vector, row, 0, split, blocks, grid_size(blocks)};
 }
 
 inline ChannelDotLaunch plan_channels_last(const ChannelDotParams& params, int vector) {
@@ -98,13 +183,12 @@ inline ChannelDotLaunch plan_channels_last(const ChannelDotParams& params, int v
   const int64_t tasks = layout.sample.size * ceil_div(channel_loads, side);
   const Split split = split_work(layout.positions, minimum, 1, tasks);
   const int64_t blocks = tasks * split.count;
-  return {vector, 0, static_cast<int>(side), split, blocks, grid_size(blocks)};
+  return {vector, {}, static_cast<int>(side), split, blocks, grid_size(blocks)};
 }
 
 inline ChannelDotLaunch plan_channel_dot(const ChannelDotParams& params, int element_size) {
-  const int vector = vector_width(params, element_size);
-  return params.layout.kind == LayoutKind::kChannelsLast ? plan_channels_last(params, vector)
-                                                         : plan_rows(params, vector);
+  if (params.layout.kind != LayoutKind::kChannelsLast) return plan_rows(params, element_size);
+  return plan_channels_last(params, vector_width(params, element_size));
 }
 
 }  // namespace ccp

@@ -27,4 +27,15 @@ __device__ __forceinline__ Acc block_sum(Acc value) {
   return value;
 }
 
+// The sum over each group of kThreads neighbouring threads, a power of two up to 32 or the block's
+// kThreads, in the group's first.
+template <int kThreads, class Acc>
+__device__ __forceinline__ Acc group_sum(Acc value) {
+  if constexpr (kThreads <= 32) {
+    return warp_group_sum<kThreads>(value);
+  } else {
+    return block_sum<kThreads>(value);
+  }
+}
+
 }  // namespace ccp

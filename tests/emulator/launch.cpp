@@ -62,6 +62,36 @@ void test_vector_width() {
          width(data, layout_of({2, 8, 3}, {24, 1, 8}, {8, 1, 0})) == 4);
 }
 
+void test_rows() {
+  alignas(16) uint16_t data[64];
+  const auto plan = [&](const uint16_t* x, const uint16_t* g, const ChannelDotLayout& layout) {
+    return ccp::plan_channel_dot(ChannelDotParams{x, g, nullptr, layout}, sizeof(uint16_t));
+  };
+  const ChannelDotLayout maps = layout_of({256, 2048, 49}, {100352, 49, 1}, {100352, 49, 1});
+  const ccp::ChannelDotLaunch whole = plan(data, data, maps);
+  expect("rows of odd length are read in 16 bytes", whole.vector == 8 && whole.row.threads == 8);
+  expect("short rows are read several at once", whole.row.at_once == 4 && whole.row.turns > 1);
+  expect("contiguous samples follow on", whole.row.inner.size == 256 * 2048);
+  expect("the ends of aligned tensors are whole",
+         whole.row.whole_begin == 0 && whole.row.whole_end == 256 * 2048);
+  expect("all rows have a block", whole.row.blocks * whole.row.turns * 32 * 4 >= 256 * 2048);
+
+  const ChannelDotLayout few = layout_of({3, 5, 3}, {15, 3, 1}, {15, 3, 1});
+  const ccp::ChannelDotLaunch ends = plan(data + 1, data + 1, few);
+  expect("a first row within a unit is not whole", ends.row.whole_begin == 3);
+  expect("nor are the rows of the last unit", ends.row.whole_end == 13);
+  expect("x and g aligned otherwise", plan(data, data + 1, few).vector == 1);
+
+  const ChannelDotLayout apart = layout_of({3, 5, 50}, {300, 60, 1}, {320, 64, 1});
+  expect("strides that keep x and g apart", plan(data, data, apart).vector == 1);
+  const ChannelDotLayout slice = layout_of({3, 5, 49}, {490, 49, 1}, {490, 49, 1});
+  const ccp::ChannelDotLaunch gaps = plan(data, data, slice);
+  expect("rows with gaps are read one at a time",
+         gaps.vector == 8 && gaps.row.at_once == 1 && gaps.row.outer.size == 3);
+  const ChannelDotLayout same = layout_of({3, 5, 49}, {0, 49, 1}, {0, 49, 1});
+  expect("rows that are not ascending", plan(data, data, same).vector == 1);
+}
+
 void test_split() {
   for (const int64_t length : {1, 7, 64, 1000, 65536, 1000003}) {
     for (const int64_t blocks : {1, 5, 132, 100000}) {
@@ -84,8 +114,10 @@ void test_grid() {
   ChannelDotParams params{};
   params.layout = layout_of({1 << 20, 1 << 14, 49}, {802816, 49, 1}, {802816, 49, 1});
   const ccp::ChannelDotLaunch launch = ccp::plan_channel_dot(params, 4);
-  expect("more than 2^32 rows are all covered",
-         launch.blocks * (ccp::kBlockThreads / launch.threads_per_row) >= int64_t{1} << 34);
+  expect("more than 2^32 rows are all covered", launch.blocks * launch.row.turns *
+                                                        launch.row.at_once *
+                                                        (ccp::kBlockThreads / launch.row.threads) >=
+                                                    int64_t{1} << 34);
   params.layout = layout_of({1, 8, 100000}, {800000, 1, 8}, {800000, 1, 8});
   expect("a single sample is split", ccp::plan_channel_dot(params, 4).split.count > 100);
 }
@@ -158,6 +190,7 @@ int main() {
   test_patch_products();
   test_layouts();
   test_vector_width();
+  test_rows();
   test_split();
   test_grid();
   test_tiles();
