@@ -31,6 +31,7 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	@echo "building the extension (log: $(VENV)/build.log)"
 	@$(PIP) install --verbose --no-build-isolation --editable '.[data,demo,plots,dev]' \
 	  >$(VENV)/build.log 2>&1 || { tail -n 40 $(VENV)/build.log; exit 1; }
+	@! grep -E 'Registers are spilled|[1-9][0-9]* bytes spill (stores|loads)' $(VENV)/build.log
 	@grep -o 'ccp_ext: CPU .*' $(VENV)/build.log
 	@$(VENV)/bin/ccp info
 	@rm -f $(VENV)/built-*
