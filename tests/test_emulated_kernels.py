@@ -167,3 +167,18 @@ def test_reading_the_copies_of_others_without_a_barrier_is_a_race(run: Run) -> N
     finished = run("mma", "thread", "1", "drop-barrier", "1")
     assert finished.returncode != 0
     assert "ThreadSanitizer: data race" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("access", "message"),
+    [
+        ("source", "misaligned address: the source of a copy of 16 bytes"),
+        ("target", "misaligned address: the target of a copy of 16 bytes"),
+        ("row", "misaligned address: a matrix row of 16 bytes"),
+        ("vector", "misaligned address 0x"),
+    ],
+)
+def test_a_misaligned_access_is_reported(run: Run, access: str, message: str) -> None:
+    finished = run("mma", "address", "0", "misaligned", access)
+    assert finished.returncode != 0
+    assert message in finished.stderr

@@ -158,14 +158,20 @@ inline uint32_t round_to_tf32(float value) {
   return finite ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
+// What each lane of the warp passed.
+inline auto gather_matrix_rows(const void* row) {
+  emu::require_aligned(row, 16, "a matrix row");
+  return emu::gather(static_cast<const char*>(row));
+}
+
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  const auto rows = emu::gather(static_cast<const char*>(row));
+  const auto rows = gather_matrix_rows(row);
   const int g = emu::lane() / 4, t = emu::lane() % 4;
   for (int m = 0; m < 4; ++m) memcpy(&r[m], rows[8 * m + g] + 4 * t, sizeof r[m]);
 }
 
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  const auto rows = emu::gather(static_cast<const char*>(row));
+  const auto rows = gather_matrix_rows(row);
   const int g = emu::lane() / 4, t = emu::lane() % 4;
   for (int m = 0; m < 4; ++m) {
     uint16_t low, high;
@@ -178,6 +184,8 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emu::require_aligned(global, kBytes, "the source of a copy");
+  emu::require_aligned(shared, kBytes, "the target of a copy");
   emu::begin_copy(shared, valid ? global : nullptr, kBytes);
 }
 

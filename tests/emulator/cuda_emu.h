@@ -7,6 +7,9 @@
 // ThreadSanitizer every fiber is a thread of its own, synchronised with others only by barriers and
 // shuffles: a missing barrier is reported as the data race that it is.
 //
+// The copies and the matrix units' loads stop at an address that is not aligned to their size;
+// vector loads and stores do under UndefinedBehaviorSanitizer.
+//
 // Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory; the matrix units
 // and asynchronous copies as far as csrc/cuda/mma.cuh wraps them. Not emulated: timing, atomics,
 // the memory model between blocks.
@@ -263,6 +266,12 @@ EMU_UNCHECKED std::array<T, kWarp> gather(const T& value) {
     __builtin_memcpy(&received[i], block->fibers[first + i].offered, sizeof(T));
   yield(State::kAtWarpBarrier);
   return received;
+}
+
+inline void require_aligned(const void* address, size_t bytes, const char* access) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  throw std::runtime_error(std::string("misaligned address: ") + access + " of " +
+                           std::to_string(bytes) + " bytes");
 }
 
 // Copies arrive as late as the waiting allows; until then the destination holds NaN. A kernel that

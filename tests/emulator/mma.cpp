@@ -1,9 +1,10 @@
 // The emulated instructions of mma.cuh. Arguments: number of schedules, and optionally a defect to
 // plant: "early-read" reads what was copied before it has arrived, "drop-barrier" 1 before others
-// have waited for theirs.
+// have waited for theirs, "misaligned" accesses what its next argument names one element off.
 #include "cuda_emu.h"
 // After the emulator, whose macros the kernels need.
 #include "csrc/cuda/mma.cuh"
+#include "csrc/cuda/vec.cuh"
 #include "testing.h"
 
 namespace {
@@ -114,6 +115,29 @@ void check_zero_fill() {
   for (int i = 0; i < 32; ++i) testing::expect("zero fill", out[i] == (i < 5 ? 3.0f : 0.0f));
 }
 
+// One access of each kind by a warp, `source`, `target`, `row` and `vector` elements off.
+void access_all(const float* from, int source, int target, int row, int vector, float* out) {
+  alignas(16) __shared__ float shared[32 * 4 + 1];
+  const int first = threadIdx.x * 4;
+  ccp::copy_async<16>(&shared[first + target], &from[first + source], true);
+  ccp::commit_copies();
+  ccp::wait_for_copies<0>();
+  __syncwarp();
+  uint32_t registers[4];
+  ccp::load_matrices(registers, &shared[first + row]);
+  const auto loaded = ccp::load_packed<float, 4>(&from[first + vector]);
+  out[threadIdx.x] = ccp::float_from_bits(registers[0]) + loaded.element[0];
+}
+
+void check_alignment(const std::string& misaligned) {
+  const std::vector<float> from(32 * 4 + 1, 2.0f);
+  auto out = testing::unwritten<float>(32);
+  const auto offset = [&](const char* name) { return misaligned == name ? 1 : 0; };
+  emu::launch(1, 32, 0, access_all, from.data(), offset("source"), offset("target"), offset("row"),
+              offset("vector"), out.data());
+  for (const float value : out) testing::expect("aligned accesses", value == 4.0f);
+}
+
 void check_tf32() {
   std::mt19937 random(3);
   for (const float value : testing::random_values<float>(1000, random)) {
@@ -142,6 +166,7 @@ int main(int argc, char** argv) {
     check_product<ccp::Half, Loads::kTransposed>("float16, transposed", seed, early);
   }
   check_zero_fill();
+  check_alignment(defect == "misaligned" ? argv[3] : "");
   check_tf32();
   return testing::report();
 }
