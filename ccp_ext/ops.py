@@ -122,6 +122,12 @@ def channel_moments(x: Tensor, channel_dim: int = 1) -> ChannelMoments:
         magnitudes. A channel that holds NaN has NaN for sum, square_sum, minimum and maximum. Two
         calls give equal bits, also with another number of CPU threads.
 
+        Squares of bfloat16 and float32 values beyond about 1.8e19 (float64: 1.3e154) overflow the
+        short sums' type: square_sum is then infinite, or right where a kernel took the value by
+        itself in float64. Up to 1e18 (1e153) square_sum is finite and within its error; float16
+        values are never larger. Zeros and extremes are exact, and sum is within its error, up to
+        1e36 (1e306).
+
     Raises:
         ValueError: x has fewer than two dimensions or another dtype, or ``channel_dim`` is out of
             range.

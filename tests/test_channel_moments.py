@@ -66,6 +66,35 @@ def test_16_bit_values_do_not_overflow(dtype: torch.dtype, device: str) -> None:
     assert_close_to_reference(ops.channel_moments(x), x)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest", "too_large"),
+    [
+        (torch.float32, 1e18, 1.9e19),
+        (torch.bfloat16, 1e18, 1.9e19),
+        (torch.float64, 1e153, 1.4e154),
+        (torch.float16, 65504.0, None),
+    ],
+)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_squares_overflow_where_the_documentation_says(
+    dtype: torch.dtype, largest: float, too_large: float | None, layout: Maker, device: str
+) -> None:
+    x = layout((3, 8, 7, 7)).to(device, dtype)
+    x.fill_(largest)
+    x[:, 1] *= -1
+    assert_close_to_reference(ops.channel_moments(x), x)
+    if too_large is None:
+        return
+    x[2, 0, 3, 3] = too_large
+    moments = ops.channel_moments(x)
+    expected = reference.channel_moments(x)
+    square_sum = moments.square_sum[0]
+    assert square_sum.isinf() or torch.isclose(square_sum, expected[1, 0])
+    assert torch.allclose(moments.sum, expected[0], rtol=1e-5)
+    assert torch.equal(moments.minimum, expected[3]) and torch.equal(moments.maximum, expected[4])
+    assert moments.square_sum[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_nan_reaches_all_moments_of_its_channel_but_the_zeros(
