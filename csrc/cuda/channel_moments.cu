@@ -29,7 +29,7 @@ Tensor channel_moments(const Tensor& x, int64_t channel_dim) {
   });
   check_launch("channel_moments");
   finish_channel_moments<>
-      <<<grid_size(ceil_div(channels, kBlockThreads)), kBlockThreads, 0, stream>>>(
+      <<<grid_size(ceil_div(channels, kBlockThreads / 32)), kBlockThreads, 0, stream>>>(
           sums, launch.split.count, channels, params.out);
   check_launch("channel_moments");
   return out;

@@ -7,49 +7,81 @@ namespace ccp {
 
 constexpr int kMomentLoads = 4;  // in flight per thread
 
+// A channel's rows are the runs of its innermost dimension. A group of threads reads them in units
+// of 16 bytes from a boundary of 16 bytes on, wherever they begin and end; a chunk is as many units
+// of a row as the group has threads.
+struct MomentRows {
+  int threads;  // of a group: 8 or 32
+  int64_t length, stride;
+  int64_t chunks;      // of a row
+  int64_t all_chunks;  // of all rows of a channel
+  // Where a row must begin for all its units to lie within x.
+  int64_t first_whole, last_whole;
+};
+
 struct ChannelMomentsLaunch {
   int vector;           // elements per load: 1, or as many as kVectorBytes hold
   int channel_threads;  // channels-last kernel: threads side by side along the channels; else 0
-  int64_t tasks;        // channels, or tiles of channels
-  Split split;          // of the positions
+  MomentRows rows;      // row kernel
+  int64_t tasks;        // tiles of channels
+  Split split;          // of the positions, or of the chunks
   int64_t blocks;       // of work: tasks times parts
   unsigned grid;
 };
 
-// Runs of positions are read in vectors wherever the innermost dimension allows it.
-inline int moments_vector_width(const ChannelMomentsParams& params, int element_size) {
+inline ChannelMomentsLaunch finish_plan(ChannelMomentsLaunch launch) {
+  launch.blocks = launch.tasks * launch.split.count;
+  launch.grid = grid_size(launch.blocks);
+  return launch;
+}
+
+inline ChannelMomentsLaunch plan_moments_channels_last(const ChannelMomentsParams& params,
+                                                       int element_size) {
   const ChannelDotLayout& layout = params.layout;
   const int width = kVectorBytes / element_size;
-  const bool by_channel = layout.kind == LayoutKind::kChannelsLast;
-  const Dim& inner = by_channel ? layout.channel : layout.innermost();
-  const Dim& outer = by_channel ? layout.position[0] : layout.channel;
-  bool whole = reinterpret_cast<uintptr_t>(params.x) % kVectorBytes == 0 && unit_stride(inner) &&
-               inner.size % width == 0 && strides_divisible(outer, width);
-  for (int d = 0; d < layout.position_dims - 1; ++d)
-    whole = whole && strides_divisible(layout.position[d], width);
-  return whole ? width : 1;
+  const bool wide = reinterpret_cast<uintptr_t>(params.x) % kVectorBytes == 0 &&
+                    layout.channel.size % width == 0 &&
+                    strides_divisible(layout.position[0], width);
+  ChannelMomentsLaunch launch{};
+  launch.vector = wide ? width : 1;
+  const int64_t loads = ceil_div(layout.channel.size, launch.vector);
+  launch.channel_threads = static_cast<int>(std::min<int64_t>(next_power_of_two(loads), 32));
+  launch.tasks = ceil_div(loads, launch.channel_threads);
+  const int64_t lines = kBlockThreads / launch.channel_threads;
+  launch.split = split_work(layout.positions, lines * kMomentLoads, 1, launch.tasks);
+  return finish_plan(launch);
+}
+
+inline ChannelMomentsLaunch plan_moments_rows(const ChannelMomentsParams& params,
+                                              int element_size) {
+  const ChannelDotLayout& layout = params.layout;
+  const Dim& inner = layout.innermost();
+  ChannelMomentsLaunch launch{};
+  launch.vector = unit_stride(inner) ? kVectorBytes / element_size : 1;
+  const int64_t length = inner.size, unit = launch.vector;
+  const int64_t units = ceil_div(length + 2 * (unit - 1), unit);  // at most
+  MomentRows& rows = launch.rows;
+  rows.threads = units <= 32 ? 8 : 32;
+  rows.length = length;
+  rows.stride = inner.x_stride;
+  rows.chunks = std::max<int64_t>(ceil_div(units, rows.threads), 1);
+  rows.all_chunks = length == 0 ? 0 : layout.positions / length * rows.chunks;
+  int64_t extent = (layout.channel.size - 1) * layout.channel.x_stride + 1;
+  for (int d = 0; d < layout.position_dims; ++d)
+    extent += (layout.position[d].size - 1) * layout.position[d].x_stride;
+  const int64_t shift = reinterpret_cast<uintptr_t>(params.x) / element_size % unit;
+  rows.first_whole = shift == 0 ? 0 : unit - shift;
+  rows.last_whole = (extent + shift) / unit * unit - shift - length;
+  launch.tasks = ceil_div(layout.channel.size, kBlockThreads / rows.threads);
+  launch.split = split_work(rows.all_chunks, 4 * kMomentLoads, 1, launch.tasks);
+  return finish_plan(launch);
 }
 
 inline ChannelMomentsLaunch plan_channel_moments(const ChannelMomentsParams& params,
                                                  int element_size) {
-  const ChannelDotLayout& layout = params.layout;
-  const int vector = moments_vector_width(params, element_size);
-  ChannelMomentsLaunch launch{};
-  launch.vector = vector;
-  if (layout.kind == LayoutKind::kChannelsLast) {
-    const int64_t loads = ceil_div(layout.channel.size, vector);
-    launch.channel_threads = static_cast<int>(std::min<int64_t>(next_power_of_two(loads), 32));
-    launch.tasks = ceil_div(loads, launch.channel_threads);
-    const int64_t lines = kBlockThreads / launch.channel_threads;
-    launch.split = split_work(layout.positions, lines * kMomentLoads, 1, launch.tasks);
-  } else {
-    launch.tasks = layout.channel.size;
-    launch.split =
-        split_work(layout.positions, kBlockThreads * vector * kMomentLoads, vector, launch.tasks);
-  }
-  launch.blocks = launch.tasks * launch.split.count;
-  launch.grid = grid_size(launch.blocks);
-  return launch;
+  return params.layout.kind == LayoutKind::kChannelsLast
+             ? plan_moments_channels_last(params, element_size)
+             : plan_moments_rows(params, element_size);
 }
 
 }  // namespace ccp

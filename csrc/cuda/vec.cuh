@@ -53,10 +53,10 @@ __device__ __forceinline__ int unit_remainder(const T* address) {
 }
 
 // Bit v: whether the v-th element of the unit at `position` lies within [begin, end).
-template <int kUnit>
-__device__ __forceinline__ unsigned bits_within(int position, int begin, int end) {
-  const auto first_bits = [](int count) {
-    return (1u << (count < 0 ? 0 : count > kUnit ? kUnit : count)) - 1;
+template <int kUnit, class Index>
+__device__ __forceinline__ unsigned bits_within(Index position, Index begin, Index end) {
+  const auto first_bits = [](Index count) {
+    return (1u << static_cast<int>(count < 0 ? 0 : count > kUnit ? kUnit : count)) - 1;
   };
   return first_bits(end - position) & ~first_bits(begin - position);
 }

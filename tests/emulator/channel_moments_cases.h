@@ -23,7 +23,12 @@ inline std::vector<MomentsCase> channel_moments_cases() {
   return {
       {"rows, 16-byte loads", {3, 5, 8, 8}, {320, 64, 8, 1}, 1},
       {"rows, odd length", {3, 5, 7, 7}, {245, 49, 7, 1}, 1},
+      {"rows, two chunks each", {6, 35, 117}, {4095, 117, 1}, 1},
+      {"rows shorter than a load", {5, 7, 3}, {21, 3, 1}, 1},
       {"misaligned rows", {2, 3, 64}, {192, 64, 1}, 1, 1},
+      {"misaligned rows of odd length", {4, 9, 51}, {459, 51, 1}, 1, 3},
+      {"rows of a warp", {3, 9, 301}, {2709, 301, 1}, 1},
+      {"the same rows for all samples", {3, 5, 29}, {0, 29, 1}, 1},
       {"a slice of the channels", {2, 3, 40}, {400, 40, 1}, 1},
       {"rows in parts", {2, 1, 20000}, {20000, 20000, 1}, 1},
       {"channels last, 16-byte loads", {2, 16, 5, 5}, {400, 1, 80, 16}, 1},
