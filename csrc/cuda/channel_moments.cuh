@@ -136,7 +136,7 @@ struct MomentReader {
       return inside;
     } else {
       const T* unit = x + start - shift + position;
-      if (start >= rows.first_whole && start <= rows.last_whole) {
+      if (rows.whole.contain(start)) {
         values = load_packed<T, kUnit>(unit);
         return inside;
       }

@@ -55,6 +55,20 @@ struct RowLaunch {
   CCP_HD int64_t rows() const { return outer.size * inner.size; }
 };
 
+// Where, in elements from the tensor's first, a row must begin for all its units to lie within.
+struct WholeRows {
+  int64_t first, last;
+
+  CCP_HD bool contain(int64_t start) const { return start >= first && start <= last; }
+};
+
+// Of rows of `length` in the `extent` elements from `data` on, in units of `unit`.
+inline WholeRows whole_rows(const void* data, int64_t extent, int64_t length, int64_t unit,
+                            int element_size) {
+  const int64_t shift = reinterpret_cast<uintptr_t>(data) / element_size % unit;
+  return {shift == 0 ? 0 : unit - shift, (extent + shift) / unit * unit - shift - length};
+}
+
 struct ChannelDotLaunch {
   int vector;           // elements per load: 1, or as many as kVectorBytes hold
   RowLaunch row;        // of the row kernel

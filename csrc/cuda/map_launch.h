@@ -54,22 +54,43 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
 // The moments of all maps of one tensor.
 struct MapMomentsLaunch {
   int vector;           // elements per load
+  int map_threads;      // rows kernel: threads that read a map, 8 or 32
   int channel_threads;  // channels-last kernel: threads side by side along the channels
+  WholeRows whole_x, whole_g;
   int64_t blocks;
   unsigned grid;
 };
 
+inline MapMomentsLaunch plan_map_moments_rows(const MapSimilarityParams& params, int element_size) {
+  const ChannelDotLayout& layout = params.maps.layout;
+  const Dim &sample = layout.sample, &channel = layout.channel;
+  MapMomentsLaunch launch{};
+  launch.vector = layout.kind == LayoutKind::kRows ? kVectorBytes / element_size : 1;
+  const int64_t positions = layout.positions, unit = launch.vector;
+  launch.map_threads =
+      launch.vector > 1 && ceil_div(positions + 2 * (unit - 1), unit) <= 32 ? 8 : 32;
+  const auto whole = [&](const void* data, int64_t sample_stride, int64_t channel_stride) {
+    const int64_t extent =
+        (sample.size - 1) * sample_stride + (channel.size - 1) * channel_stride + positions;
+    return whole_rows(data, extent, positions, unit, element_size);
+  };
+  launch.whole_x = whole(params.maps.x, sample.x_stride, channel.x_stride);
+  launch.whole_g = whole(params.maps.g, sample.g_stride, channel.g_stride);
+  launch.blocks = ceil_div(sample.size * channel.size, kBlockThreads / launch.map_threads);
+  launch.grid = grid_size(launch.blocks);
+  return launch;
+}
+
 inline MapMomentsLaunch plan_map_moments(const MapSimilarityParams& params, int element_size) {
   const ChannelDotLayout& layout = params.maps.layout;
-  const int vector = vector_width(params.maps, element_size);
-  if (layout.kind != LayoutKind::kChannelsLast) {
-    const int64_t blocks = ceil_div(layout.sample.size * layout.channel.size, kBlockThreads / 32);
-    return {vector, 0, blocks, grid_size(blocks)};
-  }
-  const int64_t loads = ceil_div(layout.channel.size, vector);
-  const int64_t width = std::min<int64_t>(next_power_of_two(loads), 32);
-  const int64_t blocks = layout.sample.size * ceil_div(loads, width);
-  return {vector, static_cast<int>(width), blocks, grid_size(blocks)};
+  if (layout.kind != LayoutKind::kChannelsLast) return plan_map_moments_rows(params, element_size);
+  MapMomentsLaunch launch{};
+  launch.vector = vector_width(params.maps, element_size);
+  const int64_t loads = ceil_div(layout.channel.size, launch.vector);
+  launch.channel_threads = static_cast<int>(std::min<int64_t>(next_power_of_two(loads), 32));
+  launch.blocks = layout.sample.size * ceil_div(loads, launch.channel_threads);
+  launch.grid = grid_size(launch.blocks);
+  return launch;
 }
 
 }  // namespace ccp

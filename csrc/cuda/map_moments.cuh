@@ -53,15 +53,34 @@ __device__ __forceinline__ MapTerms<float> make_map_terms(const MapSimilarityPar
           map_spread(params.kind, scaled_mean, variance * scale * scale)};
 }
 
-// Calls visit(value) with each value of a map that belongs to this lane.
-template <int kVector, bool kStrided, class T, class Visit>
-__device__ __forceinline__ void for_each_value(const T* map, MapSide side,
+// Calls visit(value) with each value of a map that belongs to this lane of kThreads. The map is
+// read in units, whole ones unless they reach beyond the tensor; strided maps by their elements.
+template <int kUnit, int kThreads, class T, class Visit>
+__device__ __forceinline__ void for_each_value(const T* map, MapSide side, bool whole,
                                                const ChannelDotLayout& layout, Visit visit) {
-#pragma unroll(kStrided ? 1 : 4)
-  for (int64_t p = threadIdx.x % 32 * kVector; p < layout.positions; p += 32 * kVector) {
-    const auto values = load_packed<T, kVector>(map + (kStrided ? side.position(layout, p) : p));
+  const int64_t first = threadIdx.x % kThreads * kUnit;
+  if constexpr (kUnit == 1) {
+#pragma unroll 1
+    for (int64_t p = first; p < layout.positions; p += kThreads)
+      visit(widen(map[side.position(layout, p)]));
+  } else {
+    const int64_t shift = unit_remainder<kUnit>(map), end = layout.positions + shift;
+#pragma unroll 4
+    for (int64_t p = first; p < end; p += kThreads * kUnit) {
+      const unsigned inside = bits_within<kUnit>(p, shift, end);
+      const T* unit = map - shift + p;
+      Packed<T, kUnit> values{};
+      if (whole) {
+        values = load_packed<T, kUnit>(unit);
+      } else {
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) visit(widen(values.element[v]));
+        for (int v = 0; v < kUnit; ++v)
+          if (inside >> v & 1) values.element[v] = unit[v];
+      }
+#pragma unroll
+      for (int v = 0; v < kUnit; ++v)
+        if (inside >> v & 1) visit(widened(values, v));
+    }
   }
 }
 
@@ -69,32 +88,35 @@ __device__ __forceinline__ void for_each_value(const T* map, MapSide side,
 constexpr int kRowMomentBlocks = 5;
 constexpr int kChannelsLastMomentBlocks = 3;
 
-// One warp a map. The mean is found relative to the map's first value, so that a constant map has
+// kThreads a map. The mean is found relative to the map's first value, so that a constant map has
 // exactly that mean and no variance.
-template <class T, int kVector, bool kStrided>
+template <class T, int kUnit, int kThreads>
 __global__ void __launch_bounds__(kBlockThreads, kRowMomentBlocks)
     map_moments_rows(MapSimilarityParams params, MapMomentsLaunch launch, MapSide side,
                      MapTerms<float>* terms) {
   const ChannelDotLayout& layout = params.maps.layout;
   const int64_t maps = layout.sample.size * layout.channel.size;
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
-    const int64_t index = block * (kBlockThreads / 32) + threadIdx.x / 32;
-    if (index >= maps) continue;
-    const DivMod row = div_mod(index, layout.channel.size);
-    const T* map = static_cast<const T*>(side.data) + row.quotient * side.stride(layout.sample) +
-                   row.remainder * side.stride(layout.channel);
+    const int64_t index = block * (kBlockThreads / kThreads) + threadIdx.x / kThreads;
+    // Whole warps take part in the sums: those without a map read the last one.
+    const DivMod row = div_mod(index < maps ? index : maps - 1, layout.channel.size);
+    const int64_t start =
+        row.quotient * side.stride(layout.sample) + row.remainder * side.stride(layout.channel);
+    const bool whole = side.is_x ? launch.whole_x.contain(start) : launch.whole_g.contain(start);
+    const T* map = static_cast<const T*>(side.data) + start;
     const float origin = widen(*map);
     float difference = 0, residual = 0, square = 0;
-    for_each_value<kVector, kStrided>(map, side, layout,
-                                      [&](float value) { difference += value - origin; });
-    const float mean = origin + warp_group_sum<32>(difference) / layout.positions;
-    for_each_value<kVector, kStrided>(map, side, layout, [&](float value) {
+    for_each_value<kUnit, kThreads>(map, side, whole, layout,
+                                    [&](float value) { difference += value - origin; });
+    const float mean = origin + warp_group_sum<kThreads>(difference) / layout.positions;
+    for_each_value<kUnit, kThreads>(map, side, whole, layout, [&](float value) {
       residual += value - mean;
       square += (value - mean) * (value - mean);
     });
-    residual = warp_group_sum<32>(residual);
-    square = warp_group_sum<32>(square);
-    if (threadIdx.x % 32 == 0) terms[index] = make_map_terms<T>(params, mean, residual, square);
+    residual = warp_group_sum<kThreads>(residual);
+    square = warp_group_sum<kThreads>(square);
+    if (threadIdx.x % kThreads == 0 && index < maps)
+      terms[index] = make_map_terms<T>(params, mean, residual, square);
   }
 }
 
@@ -168,11 +190,12 @@ void with_map_moments_kernel(LayoutKind kind, const MapMomentsLaunch& launch, Us
   const bool wide = launch.vector == kWide;
   switch (kind) {
     case LayoutKind::kRows:
-      return wide ? use(map_moments_rows<T, kWide, false>) : use(map_moments_rows<T, 1, false>);
+      return launch.map_threads == 8 ? use(map_moments_rows<T, kWide, 8>)
+                                     : use(map_moments_rows<T, kWide, 32>);
     case LayoutKind::kChannelsLast:
       return wide ? use(map_moments_channels_last<T, kWide>) : use(map_moments_channels_last<T, 1>);
     case LayoutKind::kStrided:
-      return use(map_moments_rows<T, 1, true>);
+      return use(map_moments_rows<T, 1, 32>);
   }
 }
 

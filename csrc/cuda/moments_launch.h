@@ -15,8 +15,7 @@ struct MomentRows {
   int64_t length, stride;
   int64_t chunks;      // of a row
   int64_t all_chunks;  // of all rows of a channel
-  // Where a row must begin for all its units to lie within x.
-  int64_t first_whole, last_whole;
+  WholeRows whole;
 };
 
 struct ChannelMomentsLaunch {
@@ -69,9 +68,7 @@ inline ChannelMomentsLaunch plan_moments_rows(const ChannelMomentsParams& params
   int64_t extent = (layout.channel.size - 1) * layout.channel.x_stride + 1;
   for (int d = 0; d < layout.position_dims; ++d)
     extent += (layout.position[d].size - 1) * layout.position[d].x_stride;
-  const int64_t shift = reinterpret_cast<uintptr_t>(params.x) / element_size % unit;
-  rows.first_whole = shift == 0 ? 0 : unit - shift;
-  rows.last_whole = (extent + shift) / unit * unit - shift - length;
+  rows.whole = whole_rows(params.x, extent, length, unit, element_size);
   launch.tasks = ceil_div(layout.channel.size, kBlockThreads / rows.threads);
   launch.split = split_work(rows.all_chunks, 4 * kMomentLoads, 1, launch.tasks);
   return finish_plan(launch);

@@ -29,6 +29,7 @@ inline std::vector<MapCase> map_similarity_cases() {
       {"rows, two tiles", {1, 67, 40}, {2680, 40, 1}, {2680, 40, 1}, true, pearson},
       {"rows against rows", {2, 40, 24}, {960, 24, 1}, {1920, 48, 1}, false, mse},
       {"rows, odd length", {2, 9, 7, 7}, {441, 49, 7, 1}, {441, 49, 7, 1}, true, psnr},
+      {"long rows, odd length", {1, 5, 301}, {1505, 301, 1}, {1505, 301, 1}, true, ssim},
       {"channels last", {2, 72, 5, 5}, {1800, 1, 360, 72}, {1800, 1, 360, 72}, true, ssim},
       {"channels last against channels last",
        {3, 16, 37},
