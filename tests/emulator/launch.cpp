@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/gram_launch.h"
 #include "csrc/cuda/patch_launch.h"
+#include "csrc/patch_pieces.h"
 #include "csrc/triangle.h"
 #include "testing.h"
 
@@ -151,9 +152,86 @@ void test_patch_products() {
   expect("channels-last maps along channels", ccp::channels_first_in_memory(params.left));
 }
 
+ccp::PatchProductParams square_gram(int64_t side, int64_t kernel, int64_t stride, int64_t padding) {
+  ccp::PatchProductParams params{};
+  params.left = {nullptr,
+                 64,
+                 {side, side},
+                 0,
+                 0,
+                 {0, 0},
+                 {kernel, kernel},
+                 {stride, stride},
+                 {padding, padding},
+                 {1, 1}};
+  params.right = params.left;
+  params.symmetric = true;
+  params.groups = params.samples = 1;
+  params.positions[0] = params.positions[1] = (side + 2 * padding - kernel) / stride + 1;
+  return params;
+}
+
+// Every pair of taps sums each pair of positions that its definition names once, and no other.
+void test_pieces_of_an_axis() {
+  for (const int64_t side : {1, 2, 3, 7, 14}) {
+    for (const int64_t kernel : {1, 2, 3, 5}) {
+      for (const int64_t stride : {1, 2, 3}) {
+        for (const int64_t padding : {0, 1, 4}) {
+          if (side + 2 * padding < kernel) continue;
+          const ccp::PatchProductParams params = square_gram(side, kernel, stride, padding);
+          const ccp::PatchAxis axis = ccp::patch_axis(params, 1);
+          const std::string name = "side " + std::to_string(side) + ", kernel " +
+                                   std::to_string(kernel) + ", stride " + std::to_string(stride) +
+                                   ", padding " + std::to_string(padding);
+          for (int64_t p = 0; p < kernel; ++p) {
+            for (int64_t q = 0; q < kernel; ++q) {
+              std::vector<std::pair<int64_t, int64_t>> expected, found;
+              for (int64_t o = 0; o < params.positions[1]; ++o) {
+                const int64_t left = o * stride + p - padding, right = o * stride + q - padding;
+                if (std::min(left, right) >= 0 && std::max(left, right) < side)
+                  expected.push_back({left, right});
+              }
+              const ccp::PieceRange range = axis.ranges[p * kernel + q];
+              for (int i = range.first; i < range.last; ++i)
+                for (int64_t t = 0; t < axis.pieces[i].count; ++t)
+                  found.push_back(
+                      {axis.pieces[i].left + t * stride, axis.pieces[i].right + t * stride});
+              expect(name + ": taps " + std::to_string(p) + ", " + std::to_string(q),
+                     found == expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_pieces_of_the_plane() {
+  const auto work = [](int64_t side) {
+    const ccp::PatchProductParams params = square_gram(side, 3, 1, 1);
+    const ccp::PatchAxis rows = ccp::patch_axis(params, 0), columns = ccp::patch_axis(params, 1);
+    int64_t doubled = 0;
+    for (const ccp::AxisPiece& row : rows.pieces) {
+      for (const ccp::AxisPiece& column : columns.pieces) {
+        const ccp::PieceKind kind = ccp::piece_kind(true, row, column);
+        if (kind != ccp::PieceKind::kMirrored)
+          doubled += row.count * column.count * (kind == ccp::PieceKind::kFull ? 2 : 1);
+      }
+    }
+    return doubled;
+  };
+  expect("5 x 7 pieces of a 3x3 window",
+         ccp::patch_axis(square_gram(9, 3, 1, 1), 0).pieces.size() == 5 &&
+             ccp::patch_axis(square_gram(9, 3, 1, 1), 1).pieces.size() == 7);
+  expect("products of 7 x 7 maps", work(7) == 841);
+  expect("products of 56 x 56 maps", work(56) == 75076);
+}
+
 }  // namespace
 
 int main() {
+  test_pieces_of_an_axis();
+  test_pieces_of_the_plane();
   test_grouped_grams();
   test_patch_products();
   test_layouts();
