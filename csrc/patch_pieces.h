@@ -117,7 +117,7 @@ enum class PieceKind {
   kMirrored,   // not at all: it is the mirror image of another
 };
 
-inline PieceKind piece_kind(bool symmetric, const AxisPiece& row, const AxisPiece& column) {
+CCP_HD PieceKind piece_kind(bool symmetric, const AxisPiece& row, const AxisPiece& column) {
   if (!symmetric || row.left != row.right || column.left < column.right) return PieceKind::kFull;
   return column.left == column.right ? PieceKind::kSymmetric : PieceKind::kMirrored;
 }

@@ -5,15 +5,11 @@
 #include "csrc/cuda/div_mod.cuh"
 #include "csrc/cuda/mma.cuh"
 #include "csrc/cuda/patch_launch.h"
+#include "csrc/cuda/patch_precision.h"
 #include "csrc/cuda/vec.cuh"
 #include "csrc/triangle.h"
 
 namespace ccp {
-
-enum class PatchPrecision {
-  kExact,  // products exact to the accumulator's type
-  kTf32,   // float32 inputs rounded to TF32
-};
 
 // kChannelsFirst: neighbouring threads read neighbouring channels, otherwise neighbouring
 // positions.

@@ -1,4 +1,5 @@
-// How the CPU packs patches, in every instruction set that this processor has.
+// How the CPU packs patches and correlates packed maps, in every instruction set that this
+// processor has.
 #include <algorithm>
 
 #include "csrc/cpu/isa.h"
@@ -50,12 +51,49 @@ void check_patches(const std::string& isa, int64_t width, Pack pack) {
   }
 }
 
+// A correlation over a grid of positions, on top of what the tile held.
+template <class Acc, class Add>
+void check_correlation(const std::string& isa, int64_t width, Add add) {
+  using ccp::cpu::PackedGrid;
+  std::mt19937 random(17);
+  const auto left = testing::random_values<Acc>(600 * width, random);
+  const auto right = testing::random_values<Acc>(900 * width, random);
+  const PackedGrid left_grid{3 * width, 40 * width, 2 * width};
+  const PackedGrid right_grid{5 * width, 260 * width, width};
+  for (const auto [rows, columns] : {std::pair{3, 17}, {2, 200}, {1, 1}}) {
+    for (const int64_t maps : {width, width / 2 - 1}) {
+      auto tile = testing::random_values<Acc>(width * width, random);
+      const std::vector<Acc> before = tile;
+      add(left.data(), left_grid, right.data(), right_grid, rows, columns, maps, maps, tile.data());
+      for (int64_t r = 0; r < maps; ++r) {
+        for (int64_t c = 0; c < maps; ++c) {
+          double sum = before[r * width + c], magnitude = std::fabs(sum);
+          for (int64_t y = 0; y < rows; ++y) {
+            for (int64_t x = 0; x < columns; ++x) {
+              const auto at = [&](const PackedGrid& grid) {
+                return grid.first + y * grid.row_step + x * grid.column_step;
+              };
+              const double product = double{left[at(left_grid) + r]} * right[at(right_grid) + c];
+              sum += product;
+              magnitude += std::fabs(product);
+            }
+          }
+          testing::expect_close(isa + ", correlation", r * width + c, tile[r * width + c], sum,
+                                magnitude);
+        }
+      }
+    }
+  }
+}
+
 #define CHECK_ISA(isa)                                                               \
   do {                                                                               \
     using namespace ccp::cpu::isa;                                                   \
     std::printf("%s\n", #isa);                                                       \
     check_patches<float>(#isa, panel_width<float>(), pack_patches<float, float>);    \
     check_patches<double>(#isa, panel_width<double>(), pack_patches<float, double>); \
+    check_correlation<float>(#isa, panel_width<float>(), add_correlation<float>);    \
+    check_correlation<double>(#isa, panel_width<double>(), add_correlation<double>); \
   } while (0)
 
 }  // namespace

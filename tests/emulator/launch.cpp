@@ -1,6 +1,7 @@
 // The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
 #include "csrc/cuda/launch.h"
 
+#include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/gram_launch.h"
 #include "csrc/cuda/patch_launch.h"
 #include "csrc/patch_pieces.h"
@@ -227,9 +228,62 @@ void test_pieces_of_the_plane() {
   expect("products of 56 x 56 maps", work(56) == 75076);
 }
 
+ccp::CorrelationLaunch correlations(const ccp::PatchProductParams& params) {
+  const ccp::PatchAxis axis[] = {ccp::patch_axis(params, 0), ccp::patch_axis(params, 1)};
+  expect("the window fits", ccp::fits_correlations(axis, params));
+  return ccp::plan_correlations(params, axis, 64);
+}
+
+void test_correlations() {
+  ccp::PatchProductParams params = square_gram(56, 3, 1, 1);
+  params.samples = 256;
+  ccp::CorrelationLaunch launch = correlations(params);
+  expect("29 pieces of one small tile", launch.tile == 64 && launch.tiles() == 29);
+  expect("every tile's stages",
+         launch.stages() >= 256 * 37538 / 64 && launch.stages() < 256 * 39106 / 64 + 29);
+  expect("equal shares of the line fill the device",
+         launch.blocks <= ccp::kTargetBlocks && launch.blocks > ccp::kTargetBlocks * 9 / 10 &&
+             launch.blocks * launch.length >= launch.stages());
+  expect("pieces pay", ccp::correlations_pay(launch, params, 64));
+  params.left.channels = params.right.channels = 200;
+  launch = correlations(params);
+  expect("9 pieces of three large tiles, 20 of four",
+         launch.tile == 128 && launch.tiles() == 9 * 3 + 20 * 4);
+  params.left.channels = params.right.channels = 16;
+  expect("few channels would leave tiles empty",
+         !ccp::correlations_pay(correlations(params), params, 64));
+  params.samples = int64_t{1} << 40;
+  expect("a block counts positions in 32 bits",
+         correlations(params).length <= ccp::kCorrelationMaximumStages);
+  params.samples = 1;
+  expect("few stages stay together", correlations(square_gram(4, 1, 1, 0)).blocks == 1);
+  const ccp::PatchProductParams wide = square_gram(56, 7, 1, 3);
+  const ccp::PatchAxis axis[] = {ccp::patch_axis(wide, 0), ccp::patch_axis(wide, 1)};
+  expect("a 7x7 window has too many pieces", !ccp::fits_correlations(axis, wide));
+}
+
+void test_maps_in_place() {
+  alignas(16) char data[32];
+  ccp::PatchSource source{data,         64,     {7, 5}, 64 * 35, 1,
+                          {64 * 5, 64}, {3, 3}, {1, 1}, {1, 1},  {1, 1}};
+  expect("aligned channels-last maps are read in place", ccp::readable_in_place(source, 2));
+  source.data = data + 2;
+  expect("not at another address", !ccp::readable_in_place(source, 2));
+  source.data = data;
+  source.channels = 60;
+  expect("not with half a unit of channels", !ccp::readable_in_place(source, 2));
+  expect("four floats are a unit", ccp::readable_in_place(source, 4));
+  source.channel_stride = 35;
+  expect("not with contiguous positions", !ccp::readable_in_place(source, 4));
+  expect("packing rounds the channels up",
+         ccp::packed_maps(source, 3, 2, data).sample_stride == 35 * 3 * 64);
+}
+
 }  // namespace
 
 int main() {
+  test_correlations();
+  test_maps_in_place();
   test_pieces_of_an_axis();
   test_pieces_of_the_plane();
   test_grouped_grams();
