@@ -5,6 +5,8 @@
 #include "csrc/cpu/vector.h"
 // After both of them.
 #include "csrc/cpu/transpose.h"
+// After all of them.
+#include "csrc/cpu/pack_run.h"
 #include "csrc/patch_pieces.h"
 
 namespace ccp::cpu::CCP_ISA {
@@ -64,10 +66,44 @@ CCP_INLINE void read_column(const PatchProductParams& params, const PatchSource&
 
 constexpr int64_t kColumnRows = 128;  // of P that are read of each column at a time
 
+// Whether every position is a patch of its own.
+inline bool is_whole(const PatchSource& source) {
+  bool whole = true;
+  for (int dim = 0; dim < 2; ++dim)
+    whole = whole && source.kernel[dim] == 1 && source.stride[dim] == 1 && source.padding[dim] == 0;
+  return whole;
+}
+
+// pack_patches for such a source: the maps' own rows or planes, transposed.
+template <class T>
+CCP_INLINE void pack_whole(const PatchSource& source, int64_t group, int64_t panel, int64_t begin,
+                           int64_t depth, Accumulator<T>* packed) {
+  using Acc = Accumulator<T>;
+  const int64_t channel = panel * kPanel<Acc>;
+  const int64_t channels = std::min<int64_t>(kPanel<Acc>, source.channels - channel);
+  if (channels < kPanel<Acc>) std::fill(packed, packed + depth * kPanel<Acc>, Acc{0});
+  const int64_t width = source.size[1], plane = source.size[0] * width;
+  const bool one_run = source.position_stride[0] == width * source.position_stride[1];
+  const int64_t length = one_run ? plane : width;
+  const T* maps = static_cast<const T*>(source.data) +
+                  (group * source.channels + channel) * source.channel_stride;
+  for (int64_t d = 0, count; d < depth; d += count) {
+    const int64_t sample = (begin + d) / plane, position = (begin + d) % plane;
+    const int64_t row = position / length, first = position % length;
+    count = std::min(length - first, depth - d);
+    pack_run(maps + sample * source.sample_stride + row * source.position_stride[0] +
+                 first * source.position_stride[1],
+             source.channel_stride, source.position_stride[1], count, channels,
+             packed + d * kPanel<Acc>);
+  }
+}
+
 // One panel of rows [begin, begin + depth) of a group's P. Columns beyond the last are zero.
 template <class T, class Acc>
 void pack_patches(const PatchProductParams& params, const PatchSource& source, int64_t group,
                   int64_t panel, int64_t begin, int64_t depth, Acc* packed) {
+  if constexpr (std::is_same_v<Acc, Accumulator<T>>)
+    if (is_whole(source)) return pack_whole<T>(source, group, panel, begin, depth, packed);
   constexpr int kSide = kSquare<Acc>;
   for (int64_t d = 0; d < depth; d += kColumnRows) {
     const int64_t count = std::min(kColumnRows, depth - d);

@@ -59,13 +59,10 @@ struct CorrelationTask {
   int piece;
   int64_t group;
   TileIndex tile;
-  int64_t first;    // stage, counted from the tile's first
-  unsigned stages;  // 0: past the end of the line
+  int64_t first;  // stage, counted from the tile's first
+  unsigned stages;
   int64_t slot;
-
-  __device__ __forceinline__ bool diagonal(const CorrelationLaunch& launch) const {
-    return launch.kind(piece) == PieceKind::kSymmetric && tile.row == tile.column;
-  }
+  bool diagonal;  // both sides are the same channels at the same positions
 };
 
 // The piece that stage `stage` of the line belongs to.
@@ -86,12 +83,14 @@ __device__ __forceinline__ CorrelationTask correlation_task(const CorrelationLau
   const int64_t stages = launch.tile_stages(piece, depth), tiles = launch.piece_tiles(piece);
   const int64_t tile = in_piece / stages, first = in_piece % stages;
   const int64_t left = stages - first < end - stage ? stages - first : end - stage;
+  const TileIndex index = launch.tile_index(piece, tile % tiles);
   return {piece,
           tile / tiles,
-          launch.tile_index(piece, tile % tiles),
+          index,
           first,
           static_cast<unsigned>(left),
-          launch.slot(stage, launch.start[piece].tile + tile)};
+          launch.slot(stage, launch.start[piece].tile + tile),
+          launch.kind(piece) == PieceKind::kSymmetric && index.row == index.column};
 }
 
 // One thread's part of filling the stages of a task: some units of one position of each.
@@ -124,7 +123,7 @@ class CorrelationLoader {
       const bool valid = position < positions_;
       auto& panel = shared.panel[stage % Traits::kStages];
       load_side(launch_.left, 0, task_.tile.row, valid, samples, y, inside - y * width_, panel[0]);
-      if (!task_.diagonal(launch_))
+      if (!task_.diagonal)
         load_side(launch_.right, 1, task_.tile.column, valid, samples, y, inside - y * width_,
                   panel[1]);
     }
@@ -324,7 +323,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         __syncthreads();
         loader.load(turn + Traits::kStages - 1, shared);
         auto& panel = shared.panel[turn % Traits::kStages];
-        product.add_stage(panel[0], panel[task.diagonal(launch) ? 0 : 1]);
+        product.add_stage(panel[0], panel[task.diagonal ? 0 : 1]);
       }
       product.write(slots + task.slot * (Traits::kTile * Traits::kTile));
       __syncthreads();  // before the next task's copies
@@ -362,6 +361,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (range.first == range.last) continue;
     float* at = slots + range.first * area + (block % shares * kBlockThreads + threadIdx.x) * 4;
     Floats sum = load_packed<float, 4>(at);
+#pragma unroll 8
     for (int64_t slot = range.first + 1; slot <= range.last; ++slot) {
       const Floats part = load_packed<float, 4>(at + (slot - range.first) * area);
 #pragma unroll
@@ -371,125 +371,118 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-constexpr int kSpread = 32;     // left and right channels of a block that adds to the output
-constexpr int kSpreadRows = 8;  // left channels at a time
+constexpr int kSpreadRows = 8;  // left channels of a block that adds to the output
+constexpr int kSpread = 32;     // right ones
+constexpr int kSpreadThreads = kSpreadRows * kSpread;
 
-struct SpreadShared {
-  // Where the block's kSpread x kSpread channels of each piece begin among the slots, and those of
-  // its mirror image.
-  int64_t offset[kMaxPieces][2];
-  // One tap of the left side: for kSpreadRows channels what kSpread right ones and their taps get.
-  // The rows' length keeps neighbouring rows on different memory banks.
-  float row[kSpreadRows][kSpread * kMaxWindow + 4];
-};
-
-// One block's share of the output.
+// One block's share of the output: one tap of some left channels, every tap of some right ones.
 struct SpreadTask {
   int64_t group, left, right;  // first channels
-
-  // Where channels (row, column) of a piece begin.
-  static __device__ __forceinline__ int64_t offset(const CorrelationLaunch& launch, int depth,
-                                                   int piece, int64_t group, int64_t row,
-                                                   int64_t column) {
-    const int64_t side = launch.tile;
-    const TileIndex tile{row / side, column / side};
-    const bool symmetric = launch.kind(piece) == PieceKind::kSymmetric;
-    if (launch.kind(piece) == PieceKind::kMirrored || (symmetric && tile.row > tile.column))
-      return 0;  // not computed, not asked for
-    const int64_t index = symmetric ? tile.column * (tile.column + 1) / 2 + tile.row
-                                    : tile.row * launch.tile_columns + tile.column;
-    const SlotRange range =
-        slots_of(launch, depth, piece, group * launch.piece_tiles(piece) + index);
-    return (range.first * side + row % side) * side + column % side;
-  }
+  int tap;
 };
 
-// The sum of a pair of taps over its pieces, at `element` of the block's channels.
-__device__ __forceinline__ float sum_of_taps(const CorrelationLaunch& launch,
-                                             const PatchProductParams& params, int p, int q,
-                                             const SpreadShared& shared, bool mirrored,
-                                             const float* slots, int64_t element) {
-  const int left_width = static_cast<int>(params.left.kernel[1]);
-  const int right_height = static_cast<int>(params.right.kernel[0]);
-  const int right_width = static_cast<int>(params.right.kernel[1]);
-  const PieceRange rows = launch.axis[0].range[p / left_width * right_height + q / right_width];
-  const PieceRange columns = launch.axis[1].range[p % left_width * right_width + q % right_width];
-  float sum = 0;
-  for (int i = rows.first; i < rows.last; ++i)
-    for (int j = columns.first; j < columns.last; ++j)
-      sum += slots[shared.offset[i * launch.axis[1].pieces + j][mirrored] + element];
-  return sum;
+struct SpreadShared {
+  // Where the task's channels of each piece begin among the slots, and those of its mirror image.
+  int64_t offset[kMaxPieces][2];
+  PieceRange range[kMaxWindow][2];  // of rows and of columns, that a right tap sums with task.tap
+  // The rows' length keeps neighbouring rows on different memory banks.
+  float sum[kSpreadRows][kSpread * kMaxWindow + 4];
+};
+
+// Where channels (row, column) of a piece begin; without meaning where they are not computed.
+__device__ __forceinline__ int64_t channel_offset(const CorrelationLaunch& launch, int depth,
+                                                  int piece, int64_t group, int64_t row,
+                                                  int64_t column) {
+  const int64_t side = launch.tile;
+  const TileIndex tile{row / side, column / side};
+  const bool symmetric = launch.kind(piece) == PieceKind::kSymmetric;
+  if (launch.kind(piece) == PieceKind::kMirrored || (symmetric && tile.row > tile.column)) return 0;
+  const int64_t index = symmetric ? tile.column * (tile.column + 1) / 2 + tile.row
+                                  : tile.row * launch.tile_columns + tile.column;
+  const SlotRange range = slots_of(launch, depth, piece, group * launch.piece_tiles(piece) + index);
+  return (range.first * side + row % side) * side + column % side;
 }
 
-// row[..] = for tap p of kSpreadRows left channels from task.left + first on: their products with
-// every tap of the right channels. Of a symmetric product, what lies below the diagonal of the
+__device__ __forceinline__ void find_pieces(const CorrelationLaunch& launch,
+                                            const PatchProductParams& params, int depth,
+                                            const SpreadTask& task, SpreadShared& shared) {
+  for (int piece = threadIdx.x; piece < launch.pieces(); piece += kSpreadThreads) {
+    shared.offset[piece][0] =
+        channel_offset(launch, depth, piece, task.group, task.left, task.right);
+    shared.offset[piece][1] =
+        channel_offset(launch, depth, piece, task.group, task.right, task.left);
+  }
+  const int q = threadIdx.x, height = static_cast<int>(params.right.kernel[0]);
+  const int left_width = static_cast<int>(params.left.kernel[1]);
+  const int right_width = static_cast<int>(params.right.kernel[1]);
+  if (q >= height * right_width) return;
+  const bool mirrored = launch.symmetric && task.tap > q;
+  const int first = mirrored ? q : task.tap, second = mirrored ? task.tap : q;
+  shared.range[q][0] = launch.axis[0].range[first / left_width * height + second / right_width];
+  shared.range[q][1] =
+      launch.axis[1].range[first % left_width * right_width + second % right_width];
+}
+
+// shared.sum = what the task adds. Of a symmetric product, what lies below the diagonal of the
 // taps, and of the channels for equal taps, is read as its mirror image.
-__device__ __forceinline__ void gather_row(const CorrelationLaunch& launch,
-                                           const PatchProductParams& params, const SpreadTask& task,
-                                           int p, int first, const float* slots,
+__device__ __forceinline__ void sum_pieces(const CorrelationLaunch& launch, int taps,
+                                           const SpreadTask& task, const float* slots,
                                            SpreadShared& shared) {
-  const int taps = static_cast<int>(params.right.kernel[0] * params.right.kernel[1]);
   for (int q = 0; q < taps; ++q) {
-    const bool mirrored = launch.symmetric && (p > q || (p == q && task.left > task.right));
+    const bool same = launch.symmetric && task.tap == q;
+    const bool below =
+        (launch.symmetric && task.tap > q) || (same && task.left >= task.right + kSpread);
     // Neighbouring threads read neighbouring elements.
-    const int row = mirrored ? threadIdx.x % kSpreadRows : threadIdx.x / kSpread;
-    const int column = mirrored ? threadIdx.x / kSpreadRows : threadIdx.x % kSpread;
-    int r = mirrored ? column : first + row, c = mirrored ? first + row : column;
-    if (launch.symmetric && p == q && task.left == task.right && r > c) {
-      const int swapped = r;
-      r = c;
-      c = swapped;
-    }
-    shared.row[row][column * taps + q] =
-        sum_of_taps(launch, params, mirrored ? q : p, mirrored ? p : q, shared, mirrored, slots,
-                    r * launch.tile + c);
+    const int row = below ? threadIdx.x % kSpreadRows : threadIdx.x / kSpread;
+    const int column = below ? threadIdx.x / kSpreadRows : threadIdx.x % kSpread;
+    const bool mirrored = below || (same && task.left + row > task.right + column);
+    const int element = mirrored ? column * launch.tile + row : row * launch.tile + column;
+    const PieceRange rows = shared.range[q][0], columns = shared.range[q][1];
+    float sum = 0;
+    for (int i = rows.first; i < rows.last; ++i)
+      for (int j = columns.first; j < columns.last; ++j)
+        sum += slots[shared.offset[i * launch.axis[1].pieces + j][mirrored] + element];
+    shared.sum[row][column * taps + q] = sum;
   }
 }
 
-__device__ __forceinline__ void add_row(const PatchProductParams& params, const SpreadTask& task,
-                                        int p, int first, const SpreadShared& shared) {
-  const int64_t left_taps = params.left.kernel[0] * params.left.kernel[1];
-  const int64_t right_taps = params.right.kernel[0] * params.right.kernel[1];
-  const int row = threadIdx.x / kSpread;
-  const int64_t channel = task.left + first + row;
-  if (channel >= params.left.channels) return;
-  const int64_t left = params.right.channels - task.right;
-  const int64_t columns = (left < kSpread ? left : kSpread) * right_taps;
-  float* out = static_cast<float*>(params.out) + task.group * params.out_group_stride +
-               (channel * left_taps + p) * params.out_row_stride + task.right * right_taps;
-  for (int64_t column = threadIdx.x % kSpread; column < columns; column += kSpread)
-    out[column] += shared.row[row][column];
-}
-
-// Adds the correlations of the pieces to the output. One block per kSpread x kSpread channels.
+// Adds the correlations of the pieces to the output.
 template <class = void>
-__global__ void __launch_bounds__(kSpread* kSpreadRows)
+__global__ void __launch_bounds__(kSpreadThreads)
     add_correlations(const __grid_constant__ CorrelationLaunch launch,
                      const __grid_constant__ PatchProductParams params, int depth,
                      const float* slots) {
   __shared__ SpreadShared shared;
-  const int64_t rows = ceil_div(params.left.channels, kSpread);
+  const int64_t rows = ceil_div(params.left.channels, kSpreadRows);
   const int64_t columns = ceil_div(params.right.channels, kSpread);
-  const int taps = static_cast<int>(params.left.kernel[0] * params.left.kernel[1]);
-  for (int64_t block = blockIdx.x; block < params.groups * rows * columns; block += gridDim.x) {
-    const SpreadTask task{block / (rows * columns), block / columns % rows * kSpread,
-                          block % columns * kSpread};
-    for (int piece = threadIdx.x; piece < launch.pieces(); piece += kSpread * kSpreadRows) {
-      shared.offset[piece][0] =
-          SpreadTask::offset(launch, depth, piece, task.group, task.left, task.right);
-      shared.offset[piece][1] =
-          SpreadTask::offset(launch, depth, piece, task.group, task.right, task.left);
-    }
+  const int64_t left_taps = params.left.kernel[0] * params.left.kernel[1];
+  const int64_t right_taps = params.right.kernel[0] * params.right.kernel[1];
+  for (int64_t block = blockIdx.x; block < params.groups * rows * columns * left_taps;
+       block += gridDim.x) {
+    const DivMod tap = div_mod(block, left_taps), column = div_mod(tap.quotient, columns);
+    const DivMod row = div_mod(column.quotient, rows);
+    const SpreadTask task{row.quotient, row.remainder * kSpreadRows, column.remainder * kSpread,
+                          static_cast<int>(tap.remainder)};
+    find_pieces(launch, params, depth, task, shared);
     __syncthreads();
-    for (int first = 0; first < kSpread; first += kSpreadRows) {
-      for (int p = 0; p < taps; ++p) {
-        gather_row(launch, params, task, p, first, slots, shared);
-        __syncthreads();
-        add_row(params, task, p, first, shared);
-        __syncthreads();
-      }
-    }
+    sum_pieces(launch, static_cast<int>(right_taps), task, slots, shared);
+    __syncthreads();
+    const int64_t channel = task.left + threadIdx.x / kSpread;
+    const int64_t left = params.right.channels - task.right;
+    const int64_t width = (left < kSpread ? left : kSpread) * right_taps;
+    float* out = static_cast<float*>(params.out) + task.group * params.out_group_stride +
+                 (channel * left_taps + task.tap) * params.out_row_stride + task.right * right_taps;
+    if (channel < params.left.channels)
+      for (int64_t i = threadIdx.x % kSpread; i < width; i += kSpread)
+        out[i] += shared.sum[threadIdx.x / kSpread][i];
+    __syncthreads();  // before the next turn's pieces
   }
+}
+
+// Blocks of add_correlations.
+inline int64_t spread_blocks(const PatchProductParams& params) {
+  return params.groups * ceil_div(params.left.channels, kSpreadRows) *
+         ceil_div(params.right.channels, kSpread) * params.left.kernel[0] * params.left.kernel[1];
 }
 
 constexpr int kPackSide = 64;  // positions and channels that a block packs

@@ -65,10 +65,8 @@ void launch_correlations(const char* op, const Tensor& out, const PatchProductPa
   const int64_t shares = launch.tiles() * launch.tile * launch.tile / (4 * kBlockThreads);
   sum_correlation_slots<><<<grid_size(shares), kBlockThreads, 0, stream>>>(launch, kDepth, slots);
   check_launch(op);
-  const int64_t blocks = params.groups * ceil_div(params.left.channels, kSpread) *
-                         ceil_div(params.right.channels, kSpread);
-  add_correlations<>
-      <<<grid_size(blocks), kSpread * kSpreadRows, 0, stream>>>(launch, params, kDepth, slots);
+  add_correlations<><<<grid_size(spread_blocks(params)), kSpreadThreads, 0, stream>>>(
+      launch, params, kDepth, slots);
   check_launch(op);
 }
 

@@ -15,17 +15,31 @@ namespace {
 using ccp::TileIndex;
 using ccp::cpu::Isa;
 
+struct Window {
+  int64_t kernel[2], stride[2], padding[2], dilation[2], positions[2];
+};
+
 // A packed panel of patches holds what the definition says, zeros in the padding and beyond the
 // last column.
 template <class Acc, class Pack>
-void check_patches(const std::string& isa, int64_t width, Pack pack) {
-  const int64_t N = 2, C = 6, H = 5, W = 7, groups = 2, kernel[] = {3, 2}, stride[] = {2, 1},
-                padding[] = {1, 2}, dilation[] = {1, 3}, positions[] = {3, 8};
+void check_patches(const std::string& isa, int64_t width, const Window& window, int64_t C,
+                   bool channels_last, Pack pack) {
+  const auto& [kernel, stride, padding, dilation, positions] = window;
+  const int64_t N = 2, H = 5, W = 7, groups = 2;
   std::mt19937 random(13);
   const auto x = testing::random_values<float>(N * C * H * W, random);
+  const int64_t channel_stride = channels_last ? 1 : H * W, x_stride = channels_last ? C : 1;
   ccp::PatchProductParams params{};
-  params.left = {x.data(), C / groups, {H, W}, C * H * W, H * W,
-                 {W, 1},   {3, 2},     {2, 1}, {1, 2},    {1, 3}};
+  params.left = {x.data(),
+                 C / groups,
+                 {H, W},
+                 C * H * W,
+                 channel_stride,
+                 {W * x_stride, x_stride},
+                 {kernel[0], kernel[1]},
+                 {stride[0], stride[1]},
+                 {padding[0], padding[1]},
+                 {dilation[0], dilation[1]}};
   params.groups = groups;
   params.samples = N;
   params.positions[0] = positions[0];
@@ -44,7 +58,8 @@ void check_patches(const std::string& isa, int64_t width, Pack pack) {
         const int64_t iy = oy * stride[0] + ky * dilation[0] - padding[0];
         const int64_t ix = ox * stride[1] + kx * dilation[1] - padding[1];
         const bool inside = column < columns && 0 <= iy && iy < H && 0 <= ix && ix < W;
-        const double expected = inside ? x[((n * C + c) * H + iy) * W + ix] : 0.0;
+        const double expected =
+            inside ? x[n * C * H * W + c * channel_stride + (iy * W + ix) * x_stride] : 0.0;
         testing::expect_close(isa + ", patches", i, packed[i], expected, 0.0);
       }
     }
@@ -60,7 +75,7 @@ void check_correlation(const std::string& isa, int64_t width, Add add) {
   const auto right = testing::random_values<Acc>(900 * width, random);
   const PackedGrid left_grid{3 * width, 40 * width, 2 * width};
   const PackedGrid right_grid{5 * width, 260 * width, width};
-  for (const auto [rows, columns] : {std::pair{3, 17}, {2, 200}, {1, 1}}) {
+  for (const auto& [rows, columns] : {std::pair{3, 17}, {2, 200}, {1, 1}}) {
     for (const int64_t maps : {width, width / 2 - 1}) {
       auto tile = testing::random_values<Acc>(width * width, random);
       const std::vector<Acc> before = tile;
@@ -86,14 +101,21 @@ void check_correlation(const std::string& isa, int64_t width, Add add) {
   }
 }
 
-#define CHECK_ISA(isa)                                                               \
-  do {                                                                               \
-    using namespace ccp::cpu::isa;                                                   \
-    std::printf("%s\n", #isa);                                                       \
-    check_patches<float>(#isa, panel_width<float>(), pack_patches<float, float>);    \
-    check_patches<double>(#isa, panel_width<double>(), pack_patches<float, double>); \
-    check_correlation<float>(#isa, panel_width<float>(), add_correlation<float>);    \
-    check_correlation<double>(#isa, panel_width<double>(), add_correlation<double>); \
+#define CHECK_ISA(isa)                                                                             \
+  do {                                                                                             \
+    using namespace ccp::cpu::isa;                                                                 \
+    std::printf("%s\n", #isa);                                                                     \
+    const Window some{{3, 2}, {2, 1}, {1, 2}, {1, 3}, {3, 8}};                                     \
+    const Window whole{{1, 1}, {1, 1}, {0, 0}, {1, 1}, {5, 7}};                                    \
+    for (const bool last : {false, true}) {                                                        \
+      check_patches<float>(#isa, panel_width<float>(), some, 6, last, pack_patches<float, float>); \
+      check_patches<double>(#isa, panel_width<double>(), some, 6, last,                            \
+                            pack_patches<float, double>);                                          \
+      check_patches<float>(#isa, panel_width<float>(), whole, 78, last,                            \
+                           pack_patches<float, float>);                                            \
+    }                                                                                              \
+    check_correlation<float>(#isa, panel_width<float>(), add_correlation<float>);                  \
+    check_correlation<double>(#isa, panel_width<double>(), add_correlation<double>);               \
   } while (0)
 
 }  // namespace

@@ -40,8 +40,9 @@ void launch_all(const PatchProductParams& params, const CorrelationLaunch& launc
               launch, slots.data());
   emu::launch(2, ccp::kBlockThreads, seed, ccp::sum_correlation_slots<>, launch, Traits::kDepth,
               slots.data());
-  emu::launch(2, ccp::kSpread * ccp::kSpreadRows, seed, ccp::add_correlations<>, launch, params,
-              Traits::kDepth, static_cast<const float*>(slots.data()));
+  emu::launch(grid(ccp::spread_blocks(params), seed), ccp::kSpreadThreads, seed,
+              ccp::add_correlations<>, launch, params, Traits::kDepth,
+              static_cast<const float*>(slots.data()));
 }
 
 // What the launcher does, with emulated launches.
@@ -70,10 +71,11 @@ void check(const PatchCase& test, int schedules) {
 
 std::vector<PatchCase> cases() {
   return {
-      {"packed, in several blocks", 2, 33, 9, 8, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0},
-      {"groups, strides, dilation", 2, 70, 7, 6, 2, {2, 2}, {2, 1}, {1, 0}, {1, 2}, 0},
+      {"packed, in several blocks", 4, 33, 9, 8, 1, {1, 3}, {1, 1}, {0, 1}, {1, 1}, 0},
+      {"groups, strides, dilation", 2, 70, 5, 6, 2, {2, 2}, {2, 1}, {1, 0}, {1, 2}, 0},
       {"targets", 1, 40, 6, 5, 1, {3, 2}, {1, 2}, {1, 2}, {1, 1}, 35},
-      {"several large tiles", 1, 152, 3, 4, 1, {1, 2}, {1, 1}, {0, 0}, {1, 1}, 0},
+      {"several large tiles", 1, 152, 3, 4, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0},
+      {"targets of several large tiles", 1, 40, 3, 4, 1, {1, 2}, {1, 1}, {0, 0}, {1, 1}, 136},
   };
 }
 
