@@ -1,5 +1,6 @@
-// The CUDA kernels of patch_gram_ and patch_cross_: the matrix P of patches is formed tile by tile
-// in shared memory. float32 outputs come from the matrix units, float64 ones from multiply-adds.
+// The CUDA kernels of patch_gram_ and patch_cross_ for few channels, float64 outputs and large
+// windows (the others: patch_correlation.cuh): the matrix P of patches is formed tile by tile in
+// shared memory. float32 outputs come from the matrix units, float64 ones from multiply-adds.
 #pragma once
 
 #include "csrc/cuda/div_mod.cuh"

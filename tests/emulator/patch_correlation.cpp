@@ -75,7 +75,7 @@ std::vector<PatchCase> cases() {
       {"groups, strides, dilation", 2, 70, 5, 6, 2, {2, 2}, {2, 1}, {1, 0}, {1, 2}, 0},
       {"targets", 1, 40, 6, 5, 1, {3, 2}, {1, 2}, {1, 2}, {1, 1}, 35},
       {"several large tiles", 1, 152, 3, 4, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0},
-      {"targets of several large tiles", 1, 40, 3, 4, 1, {1, 2}, {1, 1}, {0, 0}, {1, 1}, 136},
+      {"targets of several large tiles", 1, 40, 3, 4, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 136},
   };
 }
 
