@@ -8,6 +8,7 @@
 
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/packed_grid.h"
+#include "csrc/cpu/pairs.h"
 #include "csrc/dispatch.h"
 #include "csrc/patch_pieces.h"
 #include "csrc/triangle.h"
@@ -26,13 +27,21 @@ constexpr int64_t kGrainProducts = 1 << 20;  // fewer are not worth a thread of 
 
 int64_t round_up(int64_t value, int64_t granule) { return ceil_div(value, granule) * granule; }
 
+// The kernels for pairs of values of type T, if there are any.
+template <class T, class Acc>
+const PairKernels* pair_kernels_for() {
+  return std::is_same_v<T, BFloat16> && std::is_same_v<Acc, float> ? pair_kernels() : nullptr;
+}
+
 // The packed panels of all groups of one side of the product, [group, panel, depth, width].
 template <class T, class Acc>
 class PackedPatches {
  public:
-  PackedPatches(const PatchProductParams& params, const PatchSource& source, int64_t depth)
+  PackedPatches(const PatchProductParams& params, const PatchSource& source, int64_t depth,
+                const PairKernels* pairs = nullptr)
       : params_(params),
         source_(source),
+        pairs_(pairs),
         panels_(ceil_div(source.columns(), CCP_BEST_ISA(panel_width<Acc>)())),
         panel_size_(std::min(depth, params.rows()) * CCP_BEST_ISA(panel_width<Acc>)()),
         packed_(params.groups * panels_ * panel_size_) {}
@@ -45,17 +54,21 @@ class PackedPatches {
   void pack(int64_t begin, int64_t depth) {
     const auto pack_one = CCP_BEST_ISA(pack_patches<T, Acc>);
     const int64_t grain = std::max<int64_t>(1, kGrainProducts / 16 / panel_size_);
-    torch::stable::parallel_for(0, params_.groups * panels_, grain,
-                                [&](int64_t first, int64_t last) {
-                                  for (int64_t item = first; item < last; ++item)
-                                    pack_one(params_, source_, item / panels_, item % panels_,
-                                             begin, depth, packed_.data() + item * panel_size_);
-                                });
+    torch::stable::parallel_for(
+        0, params_.groups * panels_, grain, [&](int64_t first, int64_t last) {
+          for (int64_t item = first; item < last; ++item) {
+            Acc* panel = packed_.data() + item * panel_size_;
+            pack_one(params_, source_, item / panels_, item % panels_, begin, depth, panel);
+            if constexpr (std::is_same_v<Acc, float>)
+              if (pairs_) pairs_->join_pairs(panel, depth);
+          }
+        });
   }
 
  private:
   PatchProductParams params_;
   PatchSource source_;
+  const PairKernels* pairs_;
   int64_t panels_, panel_size_;
   std::vector<Acc> packed_;
 };
@@ -63,7 +76,13 @@ class PackedPatches {
 template <class T, class Acc>
 void add_products(const PatchProductParams& params, const PackedPatches<T, Acc>& left,
                   const PackedPatches<T, Acc>& right, int64_t depth) {
-  const auto add = CCP_BEST_ISA(add_tile<Acc>);
+  auto add = CCP_BEST_ISA(add_tile<Acc>);
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (const PairKernels* pairs = pair_kernels_for<T, Acc>()) {
+      add = pairs->add_tile;
+      depth = ceil_div(depth, 2);
+    }
+  }
   const int64_t width = CCP_BEST_ISA(panel_width<Acc>)();
   const int64_t tiles =
       params.symmetric ? left.panels() * (left.panels() + 1) / 2 : left.panels() * right.panels();
@@ -84,9 +103,10 @@ void add_products(const PatchProductParams& params, const PackedPatches<T, Acc>&
 
 template <class T, class Acc>
 void add_by_patches(const PatchProductParams& params) {
-  PackedPatches<T, Acc> left(params, params.left, kDepth);
+  const PairKernels* pairs = pair_kernels_for<T, Acc>();
+  PackedPatches<T, Acc> left(params, params.left, kDepth, pairs);
   std::optional<PackedPatches<T, Acc>> right;
-  if (!params.symmetric) right.emplace(params, params.right, kDepth);
+  if (!params.symmetric) right.emplace(params, params.right, kDepth, pairs);
   for (int64_t begin = 0; begin < params.rows(); begin += kDepth) {
     const int64_t depth = std::min(kDepth, params.rows() - begin);
     left.pack(begin, depth);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "csrc/cpu/isa.h"
+#include "csrc/cpu/pairs.h"
 #include "csrc/params.h"
 #include "csrc/triangle.h"
 #include "testing.h"
@@ -101,6 +102,34 @@ void check_correlation(const std::string& isa, int64_t width, Add add) {
   }
 }
 
+// The product of two panels of an odd number of rows, as pairs of bfloat16 values.
+void check_pairs(const ccp::cpu::PairKernels& kernels, int64_t width) {
+  const int64_t depth = 301, columns = width + 7, stride = columns + 3;
+  std::mt19937 random(19);
+  std::vector<float> panels(2 * depth * width);
+  for (size_t i = 0; i < panels.size(); ++i)
+    panels[i] = ccp::widen(testing::random_values<ccp::BFloat16>(1, random)[0]);
+  auto joined = panels;
+  for (int panel = 0; panel < 2; ++panel)
+    kernels.join_pairs(joined.data() + panel * depth * width, depth);
+  const std::vector<float> before = testing::random_values<float>(columns * stride, random);
+  std::vector<float> out = before;
+  kernels.add_tile(out.data(), stride, width, columns, false, joined.data(),
+                   joined.data() + depth * width, (depth + 1) / 2, TileIndex{0, 1});
+  for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t j = 0; j < stride; ++j) {
+      double sum = before[i * stride + j], magnitude = std::fabs(sum);
+      for (int64_t d = 0; d < depth && i < width && width <= j && j < columns; ++d) {
+        const double product =
+            double{panels[d * width + i]} * panels[(depth + d) * width + j - width];
+        sum += product;
+        magnitude += std::fabs(product);
+      }
+      testing::expect_close("pairs", i * stride + j, out[i * stride + j], sum, magnitude);
+    }
+  }
+}
+
 #define CHECK_ISA(isa)                                                                             \
   do {                                                                                             \
     using namespace ccp::cpu::isa;                                                                 \
@@ -125,6 +154,8 @@ int main() {
 #ifdef CCP_MULTI_ISA
   if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
   if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
+  if (const ccp::cpu::PairKernels* kernels = ccp::cpu::pair_kernels())
+    check_pairs(*kernels, ccp::cpu::avx512::panel_width<float>());
 #endif
   return testing::report();
 }
