@@ -22,6 +22,7 @@ DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
     "patch_gram": ["plain", "address", "thread"],
+    "patch_correlation": ["plain", "address", "thread"],
     "mma": ["plain", "address", "thread"],
     "map_similarity": ["plain", "address", "thread"],
     "channel_moments": ["plain", "address", "thread"],
@@ -105,7 +106,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 @pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
 @pytest.mark.parametrize(
     "driver",
-    ["channel_dot", "weighted_gram", "patch_gram", "mma", "map_similarity", "channel_moments"],
+    [
+        "channel_dot",
+        "weighted_gram",
+        "patch_gram",
+        "patch_correlation",
+        "mma",
+        "map_similarity",
+        "channel_moments",
+    ],
 )
 def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) -> None:
     schedules = "2" if sanitizer == "plain" else "1"
@@ -139,6 +148,7 @@ def test_launch_arithmetic(run: Run) -> None:
         ("map_similarity", "map_similarity.cuh"),
         ("channel_moments", "moments.h"),
         ("patch_gram", "patch_gram.cuh"),
+        ("patch_correlation", "patch_correlation.cuh"),
     ],
 )
 def test_a_missing_barrier_is_reported_as_a_race(

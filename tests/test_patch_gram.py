@@ -26,6 +26,14 @@ WINDOWS = [
     ((2, 8, 5, 6), {"kernel_size": 2, "padding": 2, "groups": 8}),
     ((5, 17, 1, 1), {"kernel_size": 1}),
     ((1, 1, 3, 3), {"kernel_size": 3}),
+    # Channels enough that taps of equal difference share a product; also maps that are nearly
+    # all border, and maps smaller than the window.
+    ((2, 20, 6, 9), {"kernel_size": 3, "padding": 1}),
+    ((2, 34, 7, 5), {"kernel_size": 3}),
+    ((2, 40, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2}),
+    ((1, 24, 9, 8), {"kernel_size": (3, 4), "stride": (3, 2), "dilation": 2, "padding": (3, 4)}),
+    ((2, 33, 2, 1), {"kernel_size": (3, 5), "padding": (1, 2)}),
+    ((1, 32, 1, 150), {"kernel_size": (1, 3), "padding": (0, 5)}),
 ]
 
 

@@ -7,42 +7,13 @@
 #include "csrc/cpu/vector.h"
 // After both of them.
 #include "csrc/cpu/transpose.h"
+// After all of them.
+#include "csrc/cpu/pack_run.h"
 
 namespace ccp::cpu::CCP_ISA {
 
 // Positions summed before the sum joins the others, so that rounding errors stay small.
 constexpr int64_t kSumBlock = 128;
-
-// to[p][c] = maps[c * channel_stride + p * position_stride] for `count` positions.
-template <class T>
-CCP_INLINE void pack_run(const T* maps, int64_t channel_stride, int64_t position_stride,
-                         int64_t count, int64_t channels, Accumulator<T>* to) {
-  using Acc = Accumulator<T>;
-  constexpr int kSide = kSquare<Acc>, kStep = kLanes<Acc>;
-  int64_t p = 0;
-  if (position_stride == 1) {
-    for (; p + kStep <= count; p += kStep) {
-      int64_t c = 0;
-      for (; c + kSide <= channels; c += kSide)
-        transpose_block(maps + c * channel_stride + p, channel_stride, to + p * kPanel<Acc> + c);
-      for (; c < channels; ++c)
-        for (int i = 0; i < kStep; ++i)
-          to[(p + i) * kPanel<Acc> + c] = widen(maps[c * channel_stride + p + i]);
-    }
-  } else if (channel_stride == 1) {
-    for (; p < count; ++p) {
-      int64_t c = 0;
-      for (; c + kStep <= channels; c += kStep) {
-        const Vector<Acc> wide = load(maps + p * position_stride + c);
-        __builtin_memcpy(to + p * kPanel<Acc> + c, &wide, sizeof wide);
-      }
-      for (; c < channels; ++c) to[p * kPanel<Acc> + c] = widen(maps[p * position_stride + c]);
-    }
-  }
-  for (; p < count; ++p)
-    for (int64_t c = 0; c < channels; ++c)
-      to[p * kPanel<Acc> + c] = widen(maps[c * channel_stride + p * position_stride]);
-}
 
 constexpr int kTermRows = 3;  // of a packed panel: offsets, means, spreads
 

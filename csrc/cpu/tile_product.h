@@ -22,6 +22,21 @@ int panel_width() {
   return kPanel<Acc>;
 }
 
+template <class Acc>
+inline __attribute__((always_inline)) typename NativeVector<Acc>::type multiply_add(
+    Acc left, typename NativeVector<Acc>::type right, typename NativeVector<Acc>::type sum) {
+  return sum + left * right;
+}
+
+#ifdef CCP_PAIRS
+// Each word is two bfloat16 values.
+template <>
+inline __attribute__((always_inline)) NativeVector<float>::type multiply_add<float>(
+    float left, NativeVector<float>::type right, NativeVector<float>::type sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
+}
+#endif
+
 // tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows and kVectors (1 or 2)
 // vectors of columns; the tile's rows are kPanel apart.
 template <int kVectors = 2, class Acc>
@@ -33,8 +48,9 @@ inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const 
     Vector column[kVectors];
     __builtin_memcpy(column, right + d * kPanel<Acc>, sizeof column);
     for (int r = 0; r < kTileRows; ++r) {
-      acc[r][0] += left[d * kPanel<Acc> + r] * column[0];
-      if constexpr (kVectors == 2) acc[r][1] += left[d * kPanel<Acc> + r] * column[1];
+      const Acc row = left[d * kPanel<Acc> + r];
+      acc[r][0] = multiply_add<Acc>(row, column[0], acc[r][0]);
+      if constexpr (kVectors == 2) acc[r][1] = multiply_add<Acc>(row, column[1], acc[r][1]);
     }
   }
   if constexpr (kVectors == 2) {

@@ -1,19 +1,16 @@
-// The CUDA kernels of patch_gram_ and patch_cross_: the matrix P of patches is formed tile by tile
-// in shared memory. float32 outputs come from the matrix units, float64 ones from multiply-adds.
+// The CUDA kernels of patch_gram_ and patch_cross_ for few channels, float64 outputs and large
+// windows (the others: patch_correlation.cuh): the matrix P of patches is formed tile by tile in
+// shared memory. float32 outputs come from the matrix units, float64 ones from multiply-adds.
 #pragma once
 
 #include "csrc/cuda/div_mod.cuh"
 #include "csrc/cuda/mma.cuh"
 #include "csrc/cuda/patch_launch.h"
+#include "csrc/cuda/patch_precision.h"
 #include "csrc/cuda/vec.cuh"
 #include "csrc/triangle.h"
 
 namespace ccp {
-
-enum class PatchPrecision {
-  kExact,  // products exact to the accumulator's type
-  kTf32,   // float32 inputs rounded to TF32
-};
 
 // kChannelsFirst: neighbouring threads read neighbouring channels, otherwise neighbouring
 // positions.

@@ -24,11 +24,12 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// To follow every launch: reports a launch that failed, and errors of earlier asynchronous work.
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+inline void check_cuda(const char* kernel, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "ccp_ext: CUDA error in ", kernel, ": ",
                   cudaGetErrorString(error));
 }
+
+// To follow every launch: reports a launch that failed, and errors of earlier asynchronous work.
+inline void check_launch(const char* kernel) { check_cuda(kernel, cudaGetLastError()); }
 
 }  // namespace ccp

@@ -1,8 +1,10 @@
 // The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
 #include "csrc/cuda/launch.h"
 
+#include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/gram_launch.h"
 #include "csrc/cuda/patch_launch.h"
+#include "csrc/patch_pieces.h"
 #include "csrc/triangle.h"
 #include "testing.h"
 
@@ -183,9 +185,139 @@ void test_patch_products() {
   expect("channels-last maps along channels", ccp::channels_first_in_memory(params.left));
 }
 
+ccp::PatchProductParams square_gram(int64_t side, int64_t kernel, int64_t stride, int64_t padding) {
+  ccp::PatchProductParams params{};
+  params.left = {nullptr,
+                 64,
+                 {side, side},
+                 0,
+                 0,
+                 {0, 0},
+                 {kernel, kernel},
+                 {stride, stride},
+                 {padding, padding},
+                 {1, 1}};
+  params.right = params.left;
+  params.symmetric = true;
+  params.groups = params.samples = 1;
+  params.positions[0] = params.positions[1] = (side + 2 * padding - kernel) / stride + 1;
+  return params;
+}
+
+// Every pair of taps sums each pair of positions that its definition names once, and no other.
+void test_pieces_of_an_axis() {
+  for (const int64_t side : {1, 2, 3, 7, 14}) {
+    for (const int64_t kernel : {1, 2, 3, 5}) {
+      for (const int64_t stride : {1, 2, 3}) {
+        for (const int64_t padding : {0, 1, 4}) {
+          if (side + 2 * padding < kernel) continue;
+          const ccp::PatchProductParams params = square_gram(side, kernel, stride, padding);
+          const ccp::PatchAxis axis = ccp::patch_axis(params, 1);
+          const std::string name = "side " + std::to_string(side) + ", kernel " +
+                                   std::to_string(kernel) + ", stride " + std::to_string(stride) +
+                                   ", padding " + std::to_string(padding);
+          for (int64_t p = 0; p < kernel; ++p) {
+            for (int64_t q = 0; q < kernel; ++q) {
+              std::vector<std::pair<int64_t, int64_t>> expected, found;
+              for (int64_t o = 0; o < params.positions[1]; ++o) {
+                const int64_t left = o * stride + p - padding, right = o * stride + q - padding;
+                if (std::min(left, right) >= 0 && std::max(left, right) < side)
+                  expected.push_back({left, right});
+              }
+              const ccp::PieceRange range = axis.ranges[p * kernel + q];
+              for (int i = range.first; i < range.last; ++i)
+                for (int64_t t = 0; t < axis.pieces[i].count; ++t)
+                  found.push_back(
+                      {axis.pieces[i].left + t * stride, axis.pieces[i].right + t * stride});
+              expect(name + ": taps " + std::to_string(p) + ", " + std::to_string(q),
+                     found == expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_pieces_of_the_plane() {
+  const auto work = [](int64_t side) {
+    const ccp::PatchProductParams params = square_gram(side, 3, 1, 1);
+    const ccp::PatchAxis rows = ccp::patch_axis(params, 0), columns = ccp::patch_axis(params, 1);
+    int64_t doubled = 0;
+    for (const ccp::AxisPiece& row : rows.pieces) {
+      for (const ccp::AxisPiece& column : columns.pieces) {
+        const ccp::PieceKind kind = ccp::piece_kind(true, row, column);
+        if (kind != ccp::PieceKind::kMirrored)
+          doubled += row.count * column.count * (kind == ccp::PieceKind::kFull ? 2 : 1);
+      }
+    }
+    return doubled;
+  };
+  expect("5 x 7 pieces of a 3x3 window",
+         ccp::patch_axis(square_gram(9, 3, 1, 1), 0).pieces.size() == 5 &&
+             ccp::patch_axis(square_gram(9, 3, 1, 1), 1).pieces.size() == 7);
+  expect("products of 7 x 7 maps", work(7) == 841);
+  expect("products of 56 x 56 maps", work(56) == 75076);
+}
+
+ccp::CorrelationLaunch correlations(const ccp::PatchProductParams& params) {
+  const ccp::PatchAxis axis[] = {ccp::patch_axis(params, 0), ccp::patch_axis(params, 1)};
+  expect("the window fits", ccp::fits_correlations(axis, params));
+  return ccp::plan_correlations(params, axis, 64);
+}
+
+void test_correlations() {
+  ccp::PatchProductParams params = square_gram(56, 3, 1, 1);
+  params.samples = 256;
+  ccp::CorrelationLaunch launch = correlations(params);
+  expect("29 pieces of one small tile", launch.tile == 64 && launch.tiles() == 29);
+  expect("every tile's stages",
+         launch.stages() >= 256 * 37538 / 64 && launch.stages() < 256 * 39106 / 64 + 29);
+  expect("equal shares of the line fill the device",
+         launch.blocks <= ccp::kTargetBlocks && launch.blocks > ccp::kTargetBlocks * 9 / 10 &&
+             launch.blocks * launch.length >= launch.stages());
+  expect("pieces pay", ccp::correlations_pay(launch, params, 64));
+  params.left.channels = params.right.channels = 200;
+  launch = correlations(params);
+  expect("9 pieces of three large tiles, 20 of four",
+         launch.tile == 128 && launch.tiles() == 9 * 3 + 20 * 4);
+  params.left.channels = params.right.channels = 16;
+  expect("few channels would leave tiles empty",
+         !ccp::correlations_pay(correlations(params), params, 64));
+  params.samples = int64_t{1} << 40;
+  expect("a block counts positions in 32 bits",
+         correlations(params).length <= ccp::kCorrelationMaximumStages);
+  params.samples = 1;
+  expect("few stages stay together", correlations(square_gram(4, 1, 1, 0)).blocks == 1);
+  const ccp::PatchProductParams wide = square_gram(56, 7, 1, 3);
+  const ccp::PatchAxis axis[] = {ccp::patch_axis(wide, 0), ccp::patch_axis(wide, 1)};
+  expect("a 7x7 window has too many pieces", !ccp::fits_correlations(axis, wide));
+}
+
+void test_maps_in_place() {
+  alignas(16) char data[32];
+  ccp::PatchSource source{data,         64,     {7, 5}, 64 * 35, 1,
+                          {64 * 5, 64}, {3, 3}, {1, 1}, {1, 1},  {1, 1}};
+  expect("aligned channels-last maps are read in place", ccp::readable_in_place(source, 2));
+  source.data = data + 2;
+  expect("not at another address", !ccp::readable_in_place(source, 2));
+  source.data = data;
+  source.channels = 60;
+  expect("not with half a unit of channels", !ccp::readable_in_place(source, 2));
+  expect("four floats are a unit", ccp::readable_in_place(source, 4));
+  source.channel_stride = 35;
+  expect("not with contiguous positions", !ccp::readable_in_place(source, 4));
+  expect("packing rounds the channels up",
+         ccp::packed_maps(source, 3, 2, data).sample_stride == 35 * 3 * 64);
+}
+
 }  // namespace
 
 int main() {
+  test_correlations();
+  test_maps_in_place();
+  test_pieces_of_an_axis();
+  test_pieces_of_the_plane();
   test_grouped_grams();
   test_patch_products();
   test_layouts();

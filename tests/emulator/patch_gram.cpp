@@ -3,162 +3,39 @@
 #include "cuda_emu.h"
 // After the emulator, whose macros the kernels need.
 #include "csrc/cuda/patch_gram.cuh"
-#include "testing.h"
+#include "patch_gram_cases.h"
 
 namespace {
 
 using ccp::PatchLaunch;
 using ccp::PatchPrecision;
 using ccp::PatchProductParams;
-using ccp::PatchSource;
+using testing::PatchCase;
+using testing::PatchTest;
 
-struct Case {
-  std::string name;
-  int64_t samples, channels, height, width, groups;
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
-  int64_t targets;  // channels of y; 0: the Gram matrix of x's patches
-};
-
-// Maps [samples, channels, height, width], contiguous or channels last.
-template <class T>
-struct Maps {
-  int64_t channels, height, width;
-  bool channels_last;
-  std::vector<T> values;
-
-  int64_t stride(int dim) const {
-    const int64_t last[] = {channels * height * width, 1, width * channels, channels};
-    const int64_t first[] = {channels * height * width, height * width, width, 1};
-    return channels_last ? last[dim] : first[dim];
-  }
-
-  double at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    if (y < 0 || y >= height || x < 0 || x >= width) return 0;
-    return ccp::widen(values[n * stride(0) + c * stride(1) + y * stride(2) + x * stride(3)]);
-  }
-
-  PatchSource source(int64_t groups) const {
-    return {values.data(),   channels / groups,
-            {height, width}, stride(0),
-            stride(1),       {stride(2), stride(3)},
-            {1, 1},          {1, 1},
-            {0, 0},          {1, 1}};
-  }
-};
-
-template <class T>
-Maps<T> random_maps(int64_t samples, int64_t channels, int64_t height, int64_t width,
-                    bool channels_last, std::mt19937& random) {
-  return {channels, height, width, channels_last,
-          testing::random_values<T>(samples * channels * height * width, random)};
+// What the launcher does, with emulated launches.
+template <class Traits>
+void run(const PatchProductParams& params, unsigned seed) {
+  const PatchLaunch launch = ccp::plan_patch_product(params);
+  // Every other time the blocks take several turns.
+  const auto grid = [&](int64_t blocks) { return ccp::grid_size(seed % 2 ? blocks : 2); };
+  auto partial = testing::unwritten<typename Traits::Acc>(launch.blocks * ccp::kPatchElements);
+  emu::launch(grid(launch.blocks), Traits::kThreads, seed, ccp::patch_product<Traits>, params,
+              launch, partial.data());
+  if (launch.split.count > 1)
+    emu::launch(grid(launch.tiles * params.groups), Traits::kThreads, seed,
+                ccp::add_patch_parts<Traits>, params, launch, partial.data());
 }
-
-template <class T>
-class PatchTest {
- public:
-  PatchTest(const Case& test, bool channels_last) : test_(test) {
-    std::mt19937 random(5);
-    for (int d = 0; d < 2; ++d) {
-      const int64_t extent = test.dilation[d] * (test.kernel[d] - 1) + 1;
-      const int64_t size = d == 0 ? test.height : test.width;
-      positions_[d] = (size + 2 * test.padding[d] - extent) / test.stride[d] + 1;
-    }
-    x_ =
-        random_maps<T>(test.samples, test.channels, test.height, test.width, channels_last, random);
-    y_ = random_maps<T>(test.samples, test.targets, positions_[0], positions_[1], channels_last,
-                        random);
-  }
-
-  template <class Acc, bool kChannelsFirst>
-  void check(int schedules) const {
-    const int64_t rows = x_.source(test_.groups).channels * test_.kernel[0] * test_.kernel[1];
-    const int64_t columns = test_.targets ? test_.targets / test_.groups : rows;
-    const int64_t row_stride = columns + 3, group_stride = rows * row_stride + 5;
-    std::mt19937 random(6);
-    const auto start = testing::random_values<Acc>(test_.groups * group_stride, random);
-    for (int seed = 0; seed < schedules; ++seed) {
-      std::vector<Acc> out = start;
-      run<Acc, kChannelsFirst>(out.data(), group_stride, row_stride, seed);
-      std::vector<double> sum(start.begin(), start.end()), magnitude;
-      for (const double value : sum) magnitude.push_back(std::fabs(value));
-      add_reference(sum, magnitude, rows, columns, group_stride, row_stride);
-      for (size_t i = 0; i < out.size(); ++i)
-        testing::expect_close(test_.name, static_cast<int64_t>(i), out[i], sum[i], magnitude[i]);
-    }
-  }
-
- private:
-  // What the launcher does, with emulated launches.
-  template <class Acc, bool kChannelsFirst>
-  void run(Acc* out, int64_t group_stride, int64_t row_stride, unsigned seed) const {
-    using Traits = ccp::PatchTraits<T, Acc, kChannelsFirst, PatchPrecision::kExact>;
-    PatchProductParams params{out,
-                              group_stride,
-                              row_stride,
-                              x_.source(test_.groups),
-                              {},
-                              test_.targets == 0,
-                              test_.groups,
-                              test_.samples,
-                              {positions_[0], positions_[1]}};
-    for (int d = 0; d < 2; ++d) {
-      params.left.kernel[d] = test_.kernel[d];
-      params.left.stride[d] = test_.stride[d];
-      params.left.padding[d] = test_.padding[d];
-      params.left.dilation[d] = test_.dilation[d];
-    }
-    params.right = test_.targets ? y_.source(test_.groups) : params.left;
-    const PatchLaunch launch = ccp::plan_patch_product(params);
-    // Every other time the blocks take several turns.
-    const auto grid = [&](int64_t blocks) { return ccp::grid_size(seed % 2 ? blocks : 2); };
-    auto partial = testing::unwritten<Acc>(launch.blocks * ccp::kPatchElements);
-    emu::launch(grid(launch.blocks), Traits::kThreads, seed, ccp::patch_product<Traits>, params,
-                launch, partial.data());
-    if (launch.split.count > 1)
-      emu::launch(grid(launch.tiles * params.groups), Traits::kThreads, seed,
-                  ccp::add_patch_parts<Traits>, params, launch, partial.data());
-  }
-
-  // An element of column `column` of a group's P at one output position.
-  double patch(int64_t n, int64_t group, int64_t column, int64_t oy, int64_t ox) const {
-    const int64_t kx = column % test_.kernel[1], ky = column / test_.kernel[1] % test_.kernel[0];
-    const int64_t c = column / test_.kernel[1] / test_.kernel[0];
-    return x_.at(n, group * (test_.channels / test_.groups) + c,
-                 oy * test_.stride[0] + ky * test_.dilation[0] - test_.padding[0],
-                 ox * test_.stride[1] + kx * test_.dilation[1] - test_.padding[1]);
-  }
-
-  void add_reference(std::vector<double>& sum, std::vector<double>& magnitude, int64_t rows,
-                     int64_t columns, int64_t group_stride, int64_t row_stride) const {
-    std::vector<double> left(rows), right(columns);
-    for (int64_t n = 0; n < test_.samples; ++n)
-      for (int64_t oy = 0; oy < positions_[0]; ++oy)
-        for (int64_t ox = 0; ox < positions_[1]; ++ox)
-          for (int64_t g = 0; g < test_.groups; ++g) {
-            for (int64_t i = 0; i < rows; ++i) left[i] = patch(n, g, i, oy, ox);
-            for (int64_t j = 0; j < columns; ++j)
-              right[j] = test_.targets ? y_.at(n, g * columns + j, oy, ox) : left[j];
-            for (int64_t i = 0; i < rows; ++i)
-              for (int64_t j = 0; j < columns; ++j) {
-                const int64_t e = g * group_stride + i * row_stride + j;
-                sum[e] += left[i] * right[j];
-                magnitude[e] += std::fabs(left[i] * right[j]);
-              }
-          }
-  }
-
-  Case test_;
-  int64_t positions_[2];
-  Maps<T> x_, y_;
-};
 
 template <class T, class Acc>
-void check(const Case& test, int schedules) {
-  PatchTest<T>(test, false).template check<Acc, false>(schedules);
-  PatchTest<T>(test, true).template check<Acc, true>(schedules);
+void check(const PatchCase& test, int schedules) {
+  PatchTest<T>(test, false)
+      .template check<Acc>(schedules, run<ccp::PatchTraits<T, Acc, false, PatchPrecision::kExact>>);
+  PatchTest<T>(test, true)
+      .template check<Acc>(schedules, run<ccp::PatchTraits<T, Acc, true, PatchPrecision::kExact>>);
 }
 
-std::vector<Case> cases() {
+std::vector<PatchCase> cases() {
   return {
       {"one tile", 2, 3, 5, 4, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0},
       {"several tiles", 1, 9, 6, 5, 1, {3, 3}, {2, 1}, {1, 0}, {1, 2}, 0},
@@ -173,7 +50,7 @@ std::vector<Case> cases() {
 int main(int argc, char** argv) {
   const int schedules = std::stoi(argv[1]);
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
-  for (const Case& test : cases()) {
+  for (const PatchCase& test : cases()) {
     check<float, float>(test, schedules);
     check<ccp::BFloat16, float>(test, schedules);
 #ifdef EMU_ALL_DTYPES

@@ -1,0 +1,20 @@
+// Shared memory beyond the 48 KiB that a kernel may declare.
+#pragma once
+
+#include "csrc/math.h"
+
+namespace ccp {
+
+// The block's shared memory as a Shared; the launch must ask for its size. One type a kernel.
+template <class Shared>
+__device__ __forceinline__ Shared& dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return *reinterpret_cast<Shared*>(dynamic_shared_memory);
+#else
+  static Shared shared;
+  return shared;
+#endif
+}
+
+}  // namespace ccp
