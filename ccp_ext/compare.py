@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -197,6 +198,11 @@ class Job:
         name = "--".join(str(value) for value in dataclasses.astuple(self))
         return f"rows/{re.sub(r'[^A-Za-z0-9._+-]', '_', name)}.json"
 
+    @property
+    def checkpoint(self) -> str:
+        """Of its fine-tuning; of no use once the row is written."""
+        return str(PurePosixPath(self.file).with_suffix(".pt"))
+
 
 def compare(
     settings: CompareSettings,
@@ -242,6 +248,7 @@ def compare(
         _make_rows(_Bench(settings, inputs, folder, progress), missing, say)
     elif missing:
         _make_rows_in_parallel(settings, folder, missing, devices, say)
+    folder.remove(*(job.checkpoint for job in jobs))  # of rows after which a run was stopped
     rows = [_read_row(folder, job) for job in jobs]
     result = {
         "settings": dataclasses.asdict(settings),
@@ -388,17 +395,15 @@ class _Bench:
         return total
 
     def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
-        checkpoint = (self.folder.path / job.file).with_suffix(".pt")
         with measure.resources(self.device) as used:
             history = finetune(
                 slim,
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,
-                checkpoint=checkpoint,
+                checkpoint=self.folder.path / job.checkpoint,
                 progress=self.progress,
             )
-        checkpoint.unlink(missing_ok=True)
         # Of all epochs: some may have run before an interruption.
         return measure.Resources(sum(epoch.seconds for epoch in history), used.mebibytes)
 
@@ -451,6 +456,7 @@ def _make_rows(bench: _Bench, jobs: Sequence[Job], say: Callable[[str], None]) -
     for done, job in enumerate(jobs, 1):
         row = bench.row(job)
         bench.folder.write(job.file, row)
+        bench.folder.remove(job.checkpoint)
         say(
             f"{done}/{len(jobs)} {job.criterion}, {job.kind} {job.budget}, {job.repair}, seed "
             f"{job.seed}: {row['all accuracy']:.2f} % on {bench.device}"

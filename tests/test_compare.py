@@ -12,12 +12,13 @@ import re
 import pytest
 import torch
 
-from ccp_ext import cli, criteria, datasets, models, pipeline
+from ccp_ext import cli, criteria, datasets, finetune, models, pipeline
 from ccp_ext.checkpoints import load_model
 from ccp_ext.compare import Arm, CompareSettings, _halves, compare
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
+from ccp_ext.pipeline import RunFolder
 from ccp_ext.report.summary import rank, summarise, tables
 
 
@@ -183,6 +184,40 @@ def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
     losses = {row["repair"]: row["all loss"] for row in rows if row["criterion"] == "ccp"}
     assert len(set(losses.values())) == 3
     assert not list((tmp_path / "run" / "rows").glob("*.pt"))
+
+
+def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path, monkeypatch):
+    wanted = settings(
+        inputs,
+        criteria=("random",),
+        macs=(0.5,),
+        seeds=(0,),
+        repair=("finetune",),
+        finetune=FinetuneConfig(epochs=2, batch_size=32),
+    )
+    trained, epoch, write = [], finetune._Run.train_epoch, RunFolder.write
+
+    def counted(run, number):
+        trained.append(number)
+        return epoch(run, number)
+
+    def stopped(folder, name, content):
+        if name.startswith("rows/"):
+            raise KeyboardInterrupt
+        write(folder, name, content)
+
+    monkeypatch.setattr(finetune._Run, "train_epoch", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(wanted, tmp_path / "run")
+    assert trained == [0, 1]
+    result = run(wanted, tmp_path / "run")
+    assert trained == [0, 1] and len(result["rows"]) == 1
+    (row,) = (tmp_path / "run" / "rows").iterdir()
+    row.with_suffix(".pt").write_text("of a run that was stopped after it wrote the row")
+    run(wanted, tmp_path / "run")
+    assert not row.with_suffix(".pt").exists()
 
 
 def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
