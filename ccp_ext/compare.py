@@ -1,7 +1,8 @@
 """Criteria side by side at equal cost: the same images, budgets, repairs and test for each.
 
 A row is one model: an arm's choice of channels at one budget, with the images and random numbers of
-one seed, after one repair. Rows are kept as they are done, and an interrupted comparison goes on.
+one seed, after one repair. Where a repair ends in fine-tuning, the unpruned model has the same
+schedule, as a control. Rows are kept as they are done, and an interrupted comparison goes on.
 
 The test images in their official order are cut in two: whatever is chosen by looking at results
 (an arm, a repair, an option) is to be chosen on the first half, "selection"; the second, "report",
@@ -42,7 +43,16 @@ from ccp_ext.pipeline import (
 )
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
-from ccp_ext.report.summary import COSTS, PARTS, as_csv, as_markdown, rank, summarise
+from ccp_ext.report.summary import (
+    COSTS,
+    PARTS,
+    UNPRUNED,
+    as_csv,
+    as_markdown,
+    control,
+    rank,
+    summarise,
+)
 
 CONTROL = "random"
 FINETUNE = "finetune"
@@ -223,10 +233,11 @@ def compare(
         say: gets a line for each row; must be a module's function if there are several devices.
 
     Returns:
-        {"settings", "plain", "rows", "summary", "ranks"}; a row has the columns of
-        :class:`Job`, MACs, parameters and their shares that are kept, the forecast objective,
-        accuracy (percent) and loss on the halves of the test set and on the whole, and the seconds
-        and peak memory (MiB) of statistics, choice and repair.
+        {"settings", "plain", "rows", "summary", "control", "ranks"}; of the last three see
+        :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
+        their shares that are kept, the forecast objective, accuracy (percent) and loss on the
+        halves of the test set and on the whole, and the seconds and peak memory (MiB) of
+        statistics, choice and repair.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend; nothing is written
@@ -255,6 +266,7 @@ def compare(
         "plain": plain,
         "rows": rows,
         "summary": summarise(rows),
+        "control": control(rows),
         "ranks": rank(rows),
     }
     folder.write("comparison.json", result)
@@ -278,14 +290,18 @@ def _check(settings: CompareSettings, inputs: Inputs) -> None:
 
 
 def _jobs(settings: CompareSettings) -> list[Job]:
-    """All rows, those that share statistics together."""
-    return [
+    """All rows, those that share statistics together, and the control's."""
+    jobs = [
         Job(arm.label, kind, value, steps, seed)
         for seed in settings.seeds
         for arm in _sharing_together(settings.arms(), seed)
         for kind, value in settings.budgets()
         for steps in settings.repair
     ]
+    if any(FINETUNE in repair_steps(text) for text in settings.repair):
+        kind, _ = settings.budgets()[0]
+        jobs += [Job(UNPRUNED, kind, 1.0, FINETUNE, seed) for seed in settings.seeds]
+    return jobs
 
 
 def _sharing_together(arms: Sequence[Arm], seed: int) -> list[Arm]:
@@ -322,11 +338,15 @@ class _Bench:
         return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | halves
 
     def row(self, job: Job) -> dict[str, Any]:
-        plan, gathering, choosing = self._plan(job)
-        model = surgery.prune(copy.deepcopy(self.inputs.model), plan)
+        model, objective = copy.deepcopy(self.inputs.model), None
+        gathering = choosing = measure.Resources(0.0, 0.0)
+        if job.criterion != UNPRUNED:
+            plan, gathering, choosing = self._plan(job)
+            model = surgery.prune(model, plan)
+            objective = plan.record["allocation"]["objective"]
         repairing = self._repair(model, job)
         row = dataclasses.asdict(job) | self._size(model)
-        row["objective"] = plan.record["allocation"]["objective"]
+        row["objective"] = objective
         row |= self._evaluations(model)
         for name, used in zip(COSTS, (gathering, choosing, repairing), strict=True):
             row[f"{name} seconds"] = used.seconds

@@ -19,7 +19,8 @@ from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.pipeline import RunFolder
-from ccp_ext.report.summary import rank, summarise, tables
+from ccp_ext.report.page import write as write_page
+from ccp_ext.report.summary import explanation, rank, summarise, tables
 
 
 def settings(inputs, **changes) -> CompareSettings:
@@ -186,6 +187,50 @@ def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
     assert not list((tmp_path / "run" / "rows").glob("*.pt"))
 
 
+def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
+    schedule = FinetuneConfig(epochs=1, batch_size=32)
+    wanted = settings(
+        inputs,
+        macs=(0.7, 0.5),
+        repair=("none", "batchnorm+finetune", "finetune"),
+        finetune=schedule,
+    )
+    result = run(wanted, tmp_path / "run")
+    first, second = [row for row in result["rows"] if row["criterion"] == "unpruned"]
+    assert (first["seed"], second["seed"], first["budget"], first["repair"]) == (
+        0,
+        1,
+        1,
+        "finetune",
+    )
+    assert first["MACs kept"] == 1 and first["objective"] is None and first["repair seconds"] > 0
+    model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
+    finetune.finetune(model, datasets.load(inputs / "data.npz"), schedule, seed=1, progress=False)
+    alone = evaluate(model, datasets.load(inputs / "data.npz", "test"), progress=False)
+    assert second["all loss"] == pytest.approx(alone.loss)
+
+    entry = result["control"]
+    assert entry["report accuracy"] == (first["report accuracy"] + second["report accuracy"]) / 2
+    for found in (result["summary"], result["ranks"]):
+        assert "unpruned" not in {line["criterion"] for line in found}
+    shown = tables(result)
+    assert len(shown) == 2 * 3
+    for title, lines in shown:
+        names = [(line["criterion"], line[""]) for line in lines]
+        assert (("unpruned", "control") in names) == ("finetune" in title)
+        assert [mark for _, mark in names].count("best") == 1
+    assert "control: the unpruned model" in explanation(result)
+    page = write_page(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count("unpruned, fine-tuned too</text>") == 2
+    assert page.count("unpruned</text>") == 1
+
+
+def test_without_fine_tuning_there_is_no_control(whole):
+    _, result = whole
+    assert result["control"] is None and "control" not in explanation(result)
+    assert "unpruned" not in {row["criterion"] for row in result["rows"]}
+
+
 def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path, monkeypatch):
     wanted = settings(
         inputs,
@@ -212,9 +257,9 @@ def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             run(wanted, tmp_path / "run")
     assert trained == [0, 1]
-    result = run(wanted, tmp_path / "run")
-    assert trained == [0, 1] and len(result["rows"]) == 1
-    (row,) = (tmp_path / "run" / "rows").iterdir()
+    run(wanted, tmp_path / "run")
+    assert trained == [0, 1, 0, 1]  # the other two are the control's
+    row = next((tmp_path / "run" / "rows").iterdir())
     row.with_suffix(".pt").write_text("of a run that was stopped after it wrote the row")
     run(wanted, tmp_path / "run")
     assert not row.with_suffix(".pt").exists()
