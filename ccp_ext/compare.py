@@ -36,6 +36,7 @@ from ccp_ext.graph import ChannelGraph
 from ccp_ext.pipeline import (
     Inputs,
     RunFolder,
+    auxiliary_heads,
     check_statistics,
     joint_cost,
     load_inputs,
@@ -125,7 +126,8 @@ class CompareSettings:
             :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images, repair_images: training images for the statistics and for the repair.
-        finetune: the schedule of the step "finetune"; its seed is the row's.
+        finetune: the schedule of the step "finetune"; its seed is the row's. An arm of a criterion
+            with auxiliary heads, ccp-ac, is fine-tuned with them.
 
     Raises:
         InputError: an option is out of range, or given twice.
@@ -421,11 +423,17 @@ class _Bench:
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,
+                auxiliary=auxiliary_heads(slim, self.inputs, self._heads(job), job.seed),
                 checkpoint=self.folder.path / job.checkpoint,
                 progress=self.progress,
             )
         # Of all epochs: some may have run before an interruption.
         return measure.Resources(sum(epoch.seconds for epoch in history), used.mebibytes)
+
+    def _heads(self, job: Job) -> int:
+        if job.criterion == UNPRUNED:
+            return 0
+        return Arm.parse(job.criterion).with_seed(job.seed).auxiliary_heads
 
     def _size(self, model: nn.Module) -> dict[str, Any]:
         macs, parameters = measure.macs(model, self.inputs.example), measure.parameters(model)

@@ -189,20 +189,12 @@ def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
 
 def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
     schedule = FinetuneConfig(epochs=1, batch_size=32)
-    wanted = settings(
-        inputs,
-        macs=(0.7, 0.5),
-        repair=("none", "batchnorm+finetune", "finetune"),
-        finetune=schedule,
-    )
+    repairs = ("none", "batchnorm+finetune", "finetune")
+    wanted = settings(inputs, repair=repairs, finetune=schedule)
     result = run(wanted, tmp_path / "run")
     first, second = [row for row in result["rows"] if row["criterion"] == "unpruned"]
-    assert (first["seed"], second["seed"], first["budget"], first["repair"]) == (
-        0,
-        1,
-        1,
-        "finetune",
-    )
+    assert [first["seed"], second["seed"]] == [0, 1]
+    assert (first["budget"], first["repair"]) == (1.0, "finetune")
     assert first["MACs kept"] == 1 and first["objective"] is None and first["repair seconds"] > 0
     model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
     finetune.finetune(model, datasets.load(inputs / "data.npz"), schedule, seed=1, progress=False)
@@ -223,6 +215,29 @@ def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
     page = write_page(tmp_path / "run").read_text(encoding="utf-8")
     assert page.count("unpruned, fine-tuned too</text>") == 2
     assert page.count("unpruned</text>") == 1
+
+
+def test_arms_are_fine_tuned_with_the_auxiliary_heads_of_their_criterion(
+    inputs, tmp_path, monkeypatch
+):
+    heads, original = [], finetune.finetune
+
+    def recorded(*arguments, auxiliary, **others):
+        heads.append(0 if auxiliary is None else len(auxiliary.heads))
+        return original(*arguments, auxiliary=auxiliary, **others)
+
+    monkeypatch.setattr("ccp_ext.compare.finetune", recorded)
+    wanted = settings(
+        inputs,
+        criteria=("ccp-ac", "random"),
+        macs=(0.5,),
+        seeds=(0,),
+        repair=("finetune",),
+        finetune=FinetuneConfig(epochs=1, batch_size=32),
+    )
+    rows = run(wanted, tmp_path / "run")["rows"]
+    assert [row["criterion"] for row in rows] == ["ccp-ac", "random", "unpruned"]
+    assert heads == [3, 0, 0]
 
 
 def test_without_fine_tuning_there_is_no_control(whole):
