@@ -18,6 +18,7 @@ from ccp_ext.compare import Arm, CompareSettings, _halves, compare
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
+from ccp_ext.finetune.run import Run
 from ccp_ext.pipeline import RunFolder
 from ccp_ext.report.page import write as write_page
 from ccp_ext.report.summary import explanation, rank, summarise, tables
@@ -255,7 +256,7 @@ def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path,
         repair=("finetune",),
         finetune=FinetuneConfig(epochs=2, batch_size=32),
     )
-    trained, epoch, write = [], finetune._Run.train_epoch, RunFolder.write
+    trained, epoch, write = [], Run.train_epoch, RunFolder.write
 
     def counted(run, number):
         trained.append(number)
@@ -266,7 +267,7 @@ def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path,
             raise KeyboardInterrupt
         write(folder, name, content)
 
-    monkeypatch.setattr(finetune._Run, "train_epoch", counted)
+    monkeypatch.setattr(Run, "train_epoch", counted)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
