@@ -14,7 +14,8 @@ import torch
 
 from ccp_ext import cli, criteria, datasets, finetune, models, pipeline
 from ccp_ext.checkpoints import load_model
-from ccp_ext.compare import Arm, CompareSettings, _halves, compare
+from ccp_ext.compare import Arm, CompareSettings, compare
+from ccp_ext.compare.bench import halves
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
@@ -227,7 +228,7 @@ def test_arms_are_fine_tuned_with_the_auxiliary_heads_of_their_criterion(
         heads.append(0 if auxiliary is None else len(auxiliary.heads))
         return original(*arguments, auxiliary=auxiliary, **others)
 
-    monkeypatch.setattr("ccp_ext.compare.finetune", recorded)
+    monkeypatch.setattr("ccp_ext.compare.bench.finetune", recorded)
     wanted = settings(
         inputs,
         criteria=("ccp-ac", "random"),
@@ -371,7 +372,7 @@ def test_a_figure_that_a_row_lacks_is_not_averaged():
 def test_the_halves_of_a_test_set_sorted_by_class_hold_the_same_classes(inputs):
     test = datasets.load(inputs / "data.npz", "test")
     test = test.subset(test.labels.argsort())
-    first, second = (test.labels[list(part)] for part in _halves(test))
+    first, second = (test.labels[list(part)] for part in halves(test))
     assert (first.bincount(minlength=10) - second.bincount(minlength=10)).abs().max() <= 1
 
 
