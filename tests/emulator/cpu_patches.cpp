@@ -12,7 +12,6 @@
 namespace {
 
 using ccp::TileIndex;
-using ccp::cpu::Isa;
 
 // A packed panel of patches holds what the definition says, zeros in the padding and beyond the
 // last column.
@@ -60,11 +59,4 @@ void check_patches(const std::string& isa, int64_t width, Pack pack) {
 
 }  // namespace
 
-int main() {
-  CHECK_ISA(baseline);
-#ifdef CCP_MULTI_ISA
-  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
-  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
-#endif
-  return testing::report();
-}
+#include "cpu_main.h"
