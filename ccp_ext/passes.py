@@ -109,18 +109,26 @@ class Walk:
 
     Args:
         model: with its taps.
-        x: the model's input.
+        x: the input.
         keep: of a key and the tensor there, what to keep; None to go on.
+        module: the part of the model to run on x; all of it by default.
 
     Attributes:
         seen: what was kept, by key, in order. The owner may remove entries.
     """
 
-    def __init__(self, model: Tapped, x: Tensor, keep: Callable[[Any, Tensor], Any]) -> None:
+    def __init__(
+        self,
+        model: Tapped,
+        x: Tensor,
+        keep: Callable[[Any, Tensor], Any],
+        module: nn.Module | None = None,
+    ) -> None:
         self.seen: dict[Any, list[Any]] = {}
         self._model, self._keep = model, keep
         self._awaited: tuple[Any, int] | None = None
-        self._pass = Halting(lambda: model.model(x))
+        run = model.model if module is None else module
+        self._pass = Halting(lambda: run(x))
 
     def until(self, key: Any, count: int = 1) -> None:
         """Go on until so many tensors of the key were seen.

@@ -28,6 +28,8 @@ class Layer:
         cut: whether it lost inputs.
         norms: by path the BatchNorm layers, in both models, that read the output.
         addend: where to read what the output is added to.
+        block: path of a module around the layer and its addend, which takes one tensor, if the
+            layer runs before its addend is there.
         calls: in one forward pass.
     """
 
@@ -40,6 +42,7 @@ class Layer:
     calls: int = 0
     norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
     addend: Tap | None = None
+    block: str | None = None
 
     @property
     def takes_constant(self) -> bool:

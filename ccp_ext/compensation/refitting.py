@@ -49,8 +49,8 @@ def refit(
 
     Both models run over the images once: the passes halt at each layer until it is solved (see
     :mod:`ccp_ext.passes`). So the activations of all images at one depth, of both models, lie in
-    memory together; a layer that runs several times, or whose output is added to one computed
-    after it, costs one more pass through the layers before it.
+    memory together. A layer whose output is added to one computed after it costs one more pass
+    through the block with both; one that runs several times, through all layers before it.
 
     Args:
         model: the plain model.
@@ -80,9 +80,11 @@ def refit(
         raise InputError(f"refit: positions must be 1 or more, or None, got {positions!r}")
     chosen = _choose(find_layers(model, slim, images), layers)
     if residual and chosen:
-        others = addends(model, as_input(model, images.normalise(images.images[:1])))
+        example = images.normalise(images.images[:1])
+        others = addends(model, as_input(model, example))
         for layer in chosen:
             layer.addend = others.get(layer.path)
+        _find_blocks(slim, chosen, as_input(slim, example))
     generator = torch.Generator().manual_seed(seed)
     draw = partial(Grid.draw, count=positions, generator=generator)
     unexplained: dict[str, float] = {}
@@ -110,6 +112,45 @@ def _choose(order: list[Layer], layers: str) -> list[Layer]:
     return [order[k] for k in sorted({*cuts, *last})]
 
 
+def _find_blocks(slim: nn.Module, layers: list[Layer], x: Tensor) -> None:
+    """Set the block of each layer that runs before its addend is there, by a pass on x."""
+    around = {layer.path: _around(layer) for layer in layers if layer.addend}
+    entered: set[str] = set()
+    takes_one: dict[str, bool] = {}
+
+    def enter_block(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        once = path not in takes_one
+        takes_one[path] = once and not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+
+    def receive(key: tuple[str, str], tensor: Tensor) -> None:
+        kind, path = key
+        if kind == "input":
+            entered.add(path)
+        elif path in entered:
+            late.append(path)
+
+    late: list[str] = []
+    taps = {("addend", layer.path): layer.addend for layer in layers if layer.addend}
+    taps |= {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
+    with evaluating(slim), tapped(slim, taps) as model, contextlib.ExitStack() as stack:
+        for path in {path for paths in around.values() for path in paths}:
+            hook = partial(enter_block, path)
+            block = slim.get_submodule(path)
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.receive = receive
+        slim(x)
+    for layer in layers:
+        if layer.path in late:
+            layer.block = next((p for p in around[layer.path] if takes_one[p]), None)
+
+
+def _around(layer: Layer) -> list[str]:
+    """The modules, but for the whole model, with the layer and its addend; the innermost first."""
+    names = layer.path.split(".")
+    paths = [".".join(names[:k]) for k in range(len(names) - 1, 0, -1)]
+    return [path for path in paths if layer.addend.module.startswith(path + ".")]
+
+
 def _fit(layer: Layer, sums: Regression, ridge: float) -> float:
     """Give the layer its new weight and constant; returns the share of variance not explained."""
     old = layer.slim.weight.detach().flatten(1).double()
@@ -126,13 +167,14 @@ def _two_models(
 ) -> Iterator[tuple[Tapped, Tapped]]:
     """Both models in eval mode, with taps at what the layers need; keys are (kind, path)."""
     added = {("addend", layer.path): layer.addend for layer in layers if layer.addend}
+    blocks = {("block", layer.path): Tap(layer.block, "input") for layer in layers if layer.block}
     outputs = {("output", layer.path): Tap(layer.path) for layer in layers}
     inputs = {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
     with (
         evaluating(model),
         evaluating(slim),
         tapped(model, outputs | added) as plain,
-        tapped(slim, inputs | added) as pruned,
+        tapped(slim, blocks | inputs | added) as pruned,
     ):
         yield plain, pruned
 
@@ -152,7 +194,7 @@ class _Batch:
         self._left = {layer.path: layer for layer in layers}
         self._drawn: dict[tuple[str, Sequence[int]], Grid] = {}
         self._plain_walk = Walk(model, as_input(model.model, x), partial(self._keep, of_plain=True))
-        self._slim_walk = self._walk_slim()
+        self._slim_walk = Walk(slim, as_input(slim.model, x), self._keep)
 
     def samples(self, layer: Layer) -> Iterator[tuple[Tensor, Tensor, Grid]]:
         """Inputs, targets ``[N, O, ...]`` and output positions of each call of the layer."""
@@ -163,7 +205,7 @@ class _Batch:
         with contextlib.ExitStack() as stack:
             if layer.calls > 1 or (layer.addend and addend not in slim.seen):
                 # What is needed comes only after the layer, at which the pass has to wait.
-                slim = stack.enter_context(contextlib.closing(self._walk_slim(copy=True)))
+                slim = stack.enter_context(contextlib.closing(self._again(layer)))
                 slim.until(entry, layer.calls)
             targets = plain.seen[output]
             if layer.addend:
@@ -176,15 +218,20 @@ class _Batch:
                 yield x, target, at
         del self._left[layer.path]
         for walk in (self._plain_walk, self._slim_walk):
-            for key in (entry, output, addend):
-                walk.seen.pop(key, None)
+            for kind in ("block", "input", "output", "addend"):
+                walk.seen.pop((kind, layer.path), None)
 
     def close(self) -> None:
         self._plain_walk.close()
         self._slim_walk.close()
 
-    def _walk_slim(self, copy: bool = False) -> Walk:
-        return Walk(self._slim, as_input(self._slim.model, self._x), partial(self._keep, copy=copy))
+    def _again(self, layer: Layer) -> Walk:
+        """Another pass through the slim model, from the layer's block on if it has one."""
+        model, keep = self._slim.model, partial(self._keep, copy=True)
+        if layer.block is None:
+            return Walk(self._slim, as_input(model, self._x), keep)
+        (x,) = self._slim_walk.seen["block", layer.path]
+        return Walk(self._slim, x, keep, model.get_submodule(layer.block))
 
     def _keep(
         self, key: tuple[str, str], tensor: Tensor, *, of_plain: bool = False, copy: bool = False
@@ -194,6 +241,8 @@ class _Batch:
         layer = self._left.get(path)
         if layer is None:
             return None
+        if kind == "block":
+            return None if copy else tensor.clone()
         if kind == "input":
             return tensor.clone() if copy else tensor
         maps = as_maps(layer.slim, tensor)
