@@ -116,6 +116,7 @@ def _find_blocks(slim: nn.Module, layers: list[Layer], x: Tensor) -> None:
     """Set the block of each layer that runs before its addend is there, by a pass on x."""
     around = {layer.path: _around(layer) for layer in layers if layer.addend}
     entered: set[str] = set()
+    late: set[str] = set()
     takes_one: dict[str, bool] = {}
 
     def enter_block(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -127,9 +128,8 @@ def _find_blocks(slim: nn.Module, layers: list[Layer], x: Tensor) -> None:
         if kind == "input":
             entered.add(path)
         elif path in entered:
-            late.append(path)
+            late.add(path)
 
-    late: list[str] = []
     taps = {("addend", layer.path): layer.addend for layer in layers if layer.addend}
     taps |= {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
     with evaluating(slim), tapped(slim, taps) as model, contextlib.ExitStack() as stack:
