@@ -325,7 +325,9 @@ def _parser() -> argparse.ArgumentParser:
         "--distil", action="store_true", help="learn from the unpruned model's outputs as well"
     )
     tuning.add_argument(
-        "--auxiliary-heads", type=int, default=0, help="classifiers inside the network (CCP-AC: 3)"
+        "--auxiliary-heads",
+        type=int,
+        help="classifiers inside the network (default: the criterion's, which are 3 of ccp-ac)",
     )
 
     evaluate = command("evaluate", _evaluate, "accuracy, loss and size of a plain or slim model")

@@ -8,7 +8,7 @@ of shapes and dtypes, with the same messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +52,7 @@ def channel_dot(x: Tensor, g: Tensor, channel_dim: int = 1) -> Tensor:
 
     Not differentiable: call it on detached tensors.
     """
-    try:
-        return _channel_dot(x, g, channel_dim)
-    except RuntimeError as error:
-        raise _bad_argument(error, "channel_dot") from None
+    return _call(_channel_dot, x, g, channel_dim)
 
 
 def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
@@ -79,10 +76,7 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``S``.
     """
-    try:
-        _weighted_gram(S, a, sigma)
-    except RuntimeError as error:
-        raise _bad_argument(error, "weighted_gram_") from None
+    _call(_weighted_gram, S, a, sigma)
     return S
 
 
@@ -134,10 +128,7 @@ def channel_moments(x: Tensor, channel_dim: int = 1) -> ChannelMoments:
 
     Not differentiable: call it on detached tensors.
     """
-    try:
-        moments = _channel_moments(x, channel_dim)
-    except RuntimeError as error:
-        raise _bad_argument(error, "channel_moments") from None
+    moments = _call(_channel_moments, x, channel_dim)
     total, square_sum, zeros, minimum, maximum = moments.unbind()
     count = x.shape[:channel_dim].numel() * x.shape[channel_dim:][1:].numel()
     return ChannelMoments(total, square_sum, zeros.long(), minimum, maximum, count)
@@ -195,10 +186,7 @@ def map_similarity(
 
     Not differentiable: call it on detached tensors.
     """
-    try:
-        return _map_similarity(x, kind, y, data_range=data_range, allow_tf32=allow_tf32)
-    except RuntimeError as error:
-        raise _bad_argument(error, "map_similarity") from None
+    return _call(_map_similarity, x, kind, y, data_range=data_range, allow_tf32=allow_tf32)
 
 
 def weighted_grams_(
@@ -232,10 +220,7 @@ def weighted_grams_(
     """
     matrices = list(S)
     weights = [sigma] * len(matrices) if isinstance(sigma, Tensor) else sigma
-    try:
-        _weighted_grams(matrices, list(a), None if weights is None else list(weights))
-    except RuntimeError as error:
-        raise _bad_argument(error, "weighted_grams_") from None
+    _call(_weighted_grams, matrices, list(a), None if weights is None else list(weights))
     return matrices
 
 
@@ -277,11 +262,8 @@ def patch_gram_(
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``A``.
     """
-    window = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
-    try:
-        _patch_gram(A, x, *window, allow_tf32)
-    except RuntimeError as error:
-        raise _bad_argument(error, "patch_gram_") from None
+    sizes = map(_pair, (kernel_size, stride, padding, dilation))
+    _call(_patch_gram, A, x, *sizes, groups, allow_tf32)
     return A
 
 
@@ -319,11 +301,8 @@ def patch_cross_(
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``B``.
     """
-    window = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
-    try:
-        _patch_cross(B, x, y, *window, allow_tf32)
-    except RuntimeError as error:
-        raise _bad_argument(error, "patch_cross_") from None
+    sizes = map(_pair, (kernel_size, stride, padding, dilation))
+    _call(_patch_cross, B, x, y, *sizes, groups, allow_tf32)
     return B
 
 
@@ -331,9 +310,17 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _bad_argument(error: RuntimeError, op: str) -> Exception:
-    """A failed check of the kernel as a ValueError, whatever type torch made of it."""
-    return ValueError(str(error)) if str(error).startswith(f"{op}: ") else error
+def _call(op: torch._ops.OpOverload, *arguments: Any, **options: Any) -> Any:
+    """The operator's result; a failed check of the kernel becomes a ValueError.
+
+    Such a message begins with the operator's name, whatever type torch made of the error.
+    """
+    try:
+        return op(*arguments, **options)
+    except RuntimeError as error:
+        if str(error).startswith(op.name().removeprefix("ccp_ext::") + ": "):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -60,7 +60,8 @@ class PruneSettings:
         repair_images: training images for the repair.
         finetune: the schedule, or None for no fine-tuning.
         distil: fine-tune with the plain model as teacher.
-        auxiliary_heads: classifiers inside the network while it is fine-tuned; CCP-AC has 3.
+        auxiliary_heads: classifiers inside the network while it is fine-tuned; None for those of
+            the criterion: ccp-ac has 3, the others none.
     """
 
     model: str
@@ -85,7 +86,7 @@ class PruneSettings:
     repair_images: int = 10_000
     finetune: FinetuneConfig | None = None
     distil: bool = False
-    auxiliary_heads: int = 0
+    auxiliary_heads: int | None = None
     seed: int = 0
 
     def budget(self) -> dict[str, float | int | str]:
@@ -117,7 +118,8 @@ class PruneSettings:
             option = "distil" if self.distil else "auxiliary_heads"
             raise InputError(f"{option} is given, but there is no fine-tuning (epochs)")
         lowest = {"images": 1, "batch_size": 1, "repair_images": 1, "rounds": 1, "seed": 0}
-        lowest |= {"auxiliary_heads": 0}
+        if self.auxiliary_heads is not None:
+            lowest["auxiliary_heads"] = 0
         for name, low in lowest.items():
             if not low <= getattr(self, name) < 2**63 - 1:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -177,13 +179,15 @@ def run(
     if settings.rounds > 1:
         rounds.plan.save(folder.path / "plan.json")
     if settings.finetune is not None:
+        heads = settings.auxiliary_heads
+        heads = criterion.auxiliary_heads if heads is None else heads
         finetune(
             model,
             train,
             settings.finetune,
             device=device,
             teacher=rounds.plain if settings.distil else None,
-            auxiliary=_auxiliary_heads(settings, inputs),
+            auxiliary=auxiliary_heads(model, inputs, heads, settings.seed),
             checkpoint=folder.path / "finetune.pt",
             log=folder.path / "finetune.csv",
             progress=progress,
@@ -200,14 +204,16 @@ def run(
     return report
 
 
-def _auxiliary_heads(settings: PruneSettings, inputs: Inputs) -> AuxiliaryHeads | None:
-    if not settings.auxiliary_heads:
+def auxiliary_heads(
+    model: nn.Module, inputs: Inputs, count: int, seed: int
+) -> AuxiliaryHeads | None:
+    """So many heads with random weights for a model of the subject, pruned or not; None for 0."""
+    if not count:
         return None
-    model, classes = inputs.model, inputs.train.num_classes
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         graph = trace(model, inputs.example)
-        return AuxiliaryHeads.spread(model, graph, classes, count=settings.auxiliary_heads)
+        return AuxiliaryHeads.spread(model, graph, inputs.train.num_classes, count=count)
 
 
 @dataclass

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
+from layouts import (
+    FLOATING,
+    LAYOUTS,
+    Maker,
+    assert_equal_bits_with_any_threads,
+    channels_last,
+    contiguous,
+    converted,
+    cropped,
+    view_amid_nan,
+)
 from torch import Tensor
 
 from ccp_ext import ops, reference
 
-FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [
     (4, 10),
     (128, 300),
@@ -19,68 +27,6 @@ SHAPES = [
     (1, 2, 99, 103),
     (2, 3, 4, 5, 6),
 ]
-
-
-def contiguous(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape)
-
-
-def channels_last(shape: tuple[int, ...]) -> Tensor:
-    order = [0, *range(2, len(shape)), 1]
-    return torch.randn([shape[d] for d in order]).movedim(-1, 1)
-
-
-def slice_of_channels(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape[0], shape[1] + 5, *shape[2:])[:, 3 : 3 + shape[1]]
-
-
-def cropped(shape: tuple[int, ...]) -> Tensor:
-    larger = torch.randn(*shape[:2], *(size + 2 for size in shape[2:]))
-    return larger[(slice(None), slice(None), *(slice(1, -1) for _ in shape[2:]))]
-
-
-def cropped_channels_last(shape: tuple[int, ...]) -> Tensor:
-    larger = channels_last((*shape[:2], *(size + 2 for size in shape[2:])))
-    return larger[(slice(None), slice(None), *(slice(1, -1) for _ in shape[2:]))]
-
-
-def misaligned(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(torch.Size(shape).numel() + 1)[1:].view(shape)
-
-
-def reversed_dims(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape[::-1]).permute(*range(len(shape) - 1, -1, -1))
-
-
-def expanded_scalar(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(()).expand(shape)
-
-
-def expanded_positions(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(*shape[:2], *(1 for _ in shape[2:])).expand(shape)
-
-
-Maker = Callable[[tuple[int, ...]], Tensor]
-SAME_LAYOUTS = [contiguous, channels_last, slice_of_channels, cropped, cropped_channels_last]
-LAYOUTS = [(maker, maker) for maker in [*SAME_LAYOUTS, misaligned, reversed_dims]] + [
-    (contiguous, channels_last),
-    (channels_last, contiguous),
-    (cropped, misaligned),
-    (contiguous, expanded_scalar),
-    (channels_last, expanded_scalar),
-    (contiguous, expanded_positions),
-    (channels_last, expanded_positions),
-    (expanded_positions, contiguous),
-    (reversed_dims, contiguous),
-]
-
-
-def converted(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The same values in another dtype and device, with the same strides, holes included."""
-    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-    storage = tensor.as_strided((elements,), (1,), 0)
-    storage = storage.to(device=device, dtype=dtype)
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def assert_close_to_reference(a: Tensor, x: Tensor, g: Tensor, channel_dim: int = 1) -> None:
@@ -151,14 +97,6 @@ def test_empty_samples_or_channels_give_an_empty_result(
     assert ops.channel_dot(x, x).shape == shape[:2]
 
 
-@pytest.fixture
-def poisoned_allocations() -> Iterator[None]:
-    """torch fills every uninitialised allocation with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("shape", [(3, 17, 7, 7), (1, 5, 300, 307)])
@@ -186,24 +124,13 @@ def test_every_run_gives_equal_bits(layout: Maker, shape: tuple[int, ...], devic
 @pytest.mark.parametrize("shape", [(64, 17, 14, 14), (1, 5, 300, 307)])
 def test_the_number_of_threads_does_not_change_a_bit(layout: Maker, shape: tuple[int, ...]) -> None:
     x, g = layout(shape), layout(shape)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(ops.channel_dot(x, g))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_equal_bits_with_any_threads(lambda: ops.channel_dot(x, g))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nothing_outside_a_view_is_used(layout: Maker, device: str) -> None:
     """NaN around a cropped view stays outside the result."""
-    x = torch.full((2, 7, 9, 9), torch.nan)
-    x = x.contiguous(memory_format=torch.channels_last) if layout is channels_last else x
-    x[:, 1:6, 2:7, 2:8] = torch.randn(2, 5, 5, 6)
-    view = x.to(device)[:, 1:6, 2:7, 2:8]
+    view = view_amid_nan(layout, device)
     assert_close_to_reference(ops.channel_dot(view, view), view, view)
 
 

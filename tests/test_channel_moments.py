@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_channel_dot import (
+from layouts import (
     FLOATING,
     LAYOUTS,
-    SHAPES,
     Maker,
+    assert_equal_bits_with_any_threads,
     channels_last,
     contiguous,
     converted,
     cropped,
+    view_amid_nan,
 )
+from test_channel_dot import SHAPES
 from torch import Tensor
 
 from ccp_ext import ops, reference
@@ -163,24 +165,13 @@ def test_batch_norm_estimates_the_same_mean_and_variance(device: str) -> None:
 @pytest.mark.parametrize("shape", [(64, 17, 14, 14), (1, 5, 300, 307)])
 def test_the_number_of_threads_does_not_change_a_bit(layout: Maker, shape: tuple[int, ...]) -> None:
     x = layout(shape)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(torch.ops.ccp_ext.channel_moments(x))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_equal_bits_with_any_threads(lambda: torch.ops.ccp_ext.channel_moments(x))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nothing_outside_a_view_is_used(layout: Maker, device: str) -> None:
     """NaN around a cropped view stays outside the result."""
-    x = torch.full((2, 7, 9, 9), torch.nan)
-    x = x.contiguous(memory_format=torch.channels_last) if layout is channels_last else x
-    x[:, 1:6, 2:7, 2:8] = torch.randn(2, 5, 5, 6)
-    view = x.to(device)[:, 1:6, 2:7, 2:8]
+    view = view_amid_nan(layout, device)
     assert_close_to_reference(ops.channel_moments(view), view)
 
 

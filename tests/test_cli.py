@@ -70,6 +70,30 @@ def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
     assert len({row["loss"] for row in stages}) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"criterion": "ccp-ac"}, 3),
+        ({"criterion": "ccp-ac", "auxiliary-heads": 1}, 1),
+        ({"criterion": "ccp-ac", "auxiliary-heads": 0}, 0),
+        ({"criterion": "ccp"}, 0),
+    ],
+)
+def test_fine_tuning_has_the_criterions_auxiliary_heads_unless_others_are_asked_for(
+    options, expected, inputs, tmp_path, monkeypatch
+):
+    heads, original = [], pipeline.finetune
+
+    def recorded(*arguments, auxiliary, **others):
+        heads.append(0 if auxiliary is None else len(auxiliary.heads))
+        return original(*arguments, auxiliary=auxiliary, **others)
+
+    monkeypatch.setattr(pipeline, "finetune", recorded)
+    command = prune_command(inputs, tmp_path / "run", epochs=1, repair="none", **options)
+    assert cli.main(command) == 0
+    assert heads == [expected]
+
+
 @pytest.mark.parametrize("option", ["--distil", "--auxiliary-heads=2"])
 def test_options_of_fine_tuning_without_epochs_are_refused(option, inputs, tmp_path, capsys):
     error = complaint(capsys, [*prune_command(inputs, tmp_path / "run"), option])

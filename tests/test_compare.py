@@ -12,13 +12,17 @@ import re
 import pytest
 import torch
 
-from ccp_ext import cli, criteria, datasets, models, pipeline
+from ccp_ext import cli, criteria, datasets, finetune, models, pipeline
 from ccp_ext.checkpoints import load_model
-from ccp_ext.compare import Arm, CompareSettings, _halves, compare
+from ccp_ext.compare import Arm, CompareSettings, compare
+from ccp_ext.compare.bench import halves
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig
-from ccp_ext.report.summary import rank, summarise, tables
+from ccp_ext.finetune.run import Run
+from ccp_ext.pipeline import RunFolder
+from ccp_ext.report.page import write as write_page
+from ccp_ext.report.summary import explanation, rank, summarise, tables
 
 
 def settings(inputs, **changes) -> CompareSettings:
@@ -185,6 +189,99 @@ def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
     assert not list((tmp_path / "run" / "rows").glob("*.pt"))
 
 
+def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
+    schedule = FinetuneConfig(epochs=1, batch_size=32)
+    repairs = ("none", "batchnorm+finetune", "finetune")
+    wanted = settings(inputs, repair=repairs, finetune=schedule)
+    result = run(wanted, tmp_path / "run")
+    first, second = [row for row in result["rows"] if row["criterion"] == "unpruned"]
+    assert [first["seed"], second["seed"]] == [0, 1]
+    assert (first["budget"], first["repair"]) == (1.0, "finetune")
+    assert first["MACs kept"] == 1 and first["objective"] is None and first["repair seconds"] > 0
+    model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
+    finetune.finetune(model, datasets.load(inputs / "data.npz"), schedule, seed=1, progress=False)
+    alone = evaluate(model, datasets.load(inputs / "data.npz", "test"), progress=False)
+    assert second["all loss"] == pytest.approx(alone.loss)
+
+    entry = result["control"]
+    assert entry["report accuracy"] == (first["report accuracy"] + second["report accuracy"]) / 2
+    for found in (result["summary"], result["ranks"]):
+        assert "unpruned" not in {line["criterion"] for line in found}
+    shown = tables(result)
+    assert len(shown) == 2 * 3
+    for title, lines in shown:
+        names = [(line["criterion"], line[""]) for line in lines]
+        assert (("unpruned", "control") in names) == ("finetune" in title)
+        assert [mark for _, mark in names].count("best") == 1
+    assert "control: the unpruned model" in explanation(result)
+    page = write_page(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count("unpruned, fine-tuned too</text>") == 2
+    assert page.count("unpruned</text>") == 1
+
+
+def test_arms_are_fine_tuned_with_the_auxiliary_heads_of_their_criterion(
+    inputs, tmp_path, monkeypatch
+):
+    heads, original = [], finetune.finetune
+
+    def recorded(*arguments, auxiliary, **others):
+        heads.append(0 if auxiliary is None else len(auxiliary.heads))
+        return original(*arguments, auxiliary=auxiliary, **others)
+
+    monkeypatch.setattr("ccp_ext.compare.bench.finetune", recorded)
+    wanted = settings(
+        inputs,
+        criteria=("ccp-ac", "random"),
+        macs=(0.5,),
+        seeds=(0,),
+        repair=("finetune",),
+        finetune=FinetuneConfig(epochs=1, batch_size=32),
+    )
+    rows = run(wanted, tmp_path / "run")["rows"]
+    assert [row["criterion"] for row in rows] == ["ccp-ac", "random", "unpruned"]
+    assert heads == [3, 0, 0]
+
+
+def test_without_fine_tuning_there_is_no_control(whole):
+    _, result = whole
+    assert result["control"] is None and "control" not in explanation(result)
+    assert "unpruned" not in {row["criterion"] for row in result["rows"]}
+
+
+def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path, monkeypatch):
+    wanted = settings(
+        inputs,
+        criteria=("random",),
+        macs=(0.5,),
+        seeds=(0,),
+        repair=("finetune",),
+        finetune=FinetuneConfig(epochs=2, batch_size=32),
+    )
+    trained, epoch, write = [], Run.train_epoch, RunFolder.write
+
+    def counted(run, number):
+        trained.append(number)
+        return epoch(run, number)
+
+    def stopped(folder, name, content):
+        if name.startswith("rows/"):
+            raise KeyboardInterrupt
+        write(folder, name, content)
+
+    monkeypatch.setattr(Run, "train_epoch", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(wanted, tmp_path / "run")
+    assert trained == [0, 1]
+    run(wanted, tmp_path / "run")
+    assert trained == [0, 1, 0, 1]  # the other two are the control's
+    row = next((tmp_path / "run" / "rows").iterdir())
+    row.with_suffix(".pt").write_text("of a run that was stopped after it wrote the row")
+    run(wanted, tmp_path / "run")
+    assert not row.with_suffix(".pt").exists()
+
+
 def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
     output, _ = whole
     wanted = settings(inputs, repair=("none", "batchnorm"))
@@ -275,7 +372,7 @@ def test_a_figure_that_a_row_lacks_is_not_averaged():
 def test_the_halves_of_a_test_set_sorted_by_class_hold_the_same_classes(inputs):
     test = datasets.load(inputs / "data.npz", "test")
     test = test.subset(test.labels.argsort())
-    first, second = (test.labels[list(part)] for part in _halves(test))
+    first, second = (test.labels[list(part)] for part in halves(test))
     assert (first.bincount(minlength=10) - second.bincount(minlength=10)).abs().max() <= 1
 
 

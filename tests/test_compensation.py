@@ -487,6 +487,44 @@ def test_a_refit_runs_the_models_over_each_image_once():
     assert seen == {"plain": 48, "slim": 48 + 1}  # one image shows the order of the layers
 
 
+class SumOfMean(Sum):
+    def forward(self, x, y):
+        return super().forward((x + y) / 2)
+
+
+class Nested(nn.Module):
+    """A sum of two branches behind a stem, in a block that takes one tensor or two."""
+
+    def __init__(self, arguments: int) -> None:
+        super().__init__()
+        self.stem, self.arguments = nn.Conv2d(3, 3, 1), arguments
+        self.block = Sum() if arguments == 1 else SumOfMean()
+
+    def forward(self, x):
+        return self.block(*[self.stem(x)] * self.arguments)
+
+
+@pytest.mark.parametrize(("arguments", "stem_runs"), [(1, 1), (2, 2)])
+def test_what_is_added_after_a_layer_has_run_takes_one_more_pass_through_their_block(
+    arguments, stem_runs
+):
+    torch.manual_seed(0)
+    model, data = lively(Nested(arguments)).double().eval(), image_set()
+    slim = pruned(model, {"block.p": [2], "block.q": [0, 1, 2, 4]})
+    seen = {"stem": 0, "block.p": 0}
+
+    def count(name, layer, args, output):
+        seen[name] += len(output)
+
+    for name in seen:
+        slim.get_submodule(name).register_forward_hook(partial(count, name))
+    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False)
+    # Two single images show the order of the layers, and which are late.
+    assert seen == {"stem": 2 + stem_runs * 48, "block.p": 2 + 2 * 48}
+    assert left["block.u"] > 0.01 and left["block.v"] < 1e-12
+    assert distance(model, slim, data) < 1e-6
+
+
 def test_positions_are_drawn_by_the_seed_and_nearly_enough():
     model, data = convolutions(bias=True, norm=False, padding=1), image_set(100)
     fitted = {}

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import ccp_ext.finetune as finetune_module
 from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
+from ccp_ext.finetune.run import Run, _epoch_seed
 from ccp_ext.graph import trace
 
 SETTINGS = dict(epochs=4, batch_size=16, learning_rate=0.05, seed=3, augment="crop_flip")
@@ -128,7 +128,7 @@ def test_mixup_blends_images_and_losses_by_one_share():
     [record] = finetune(model, data, epochs=1, batch_size=8, mixup=1.0, seed=1, progress=False)
     handle.remove()
     # Which share and order were drawn shows in the first image, a blend of two of the set.
-    [(x, y)] = data.batches(8, shuffle=True, seed=finetune_module._epoch_seed(1, 0))
+    [(x, y)] = data.batches(8, shuffle=True, seed=_epoch_seed(1, 0))
     [mixed] = seen
     shares = torch.linalg.lstsq(x.flatten(1).double().T, mixed.flatten(1).double().T).solution
     torch.testing.assert_close(shares.sum(0), torch.ones(8).double())
@@ -270,7 +270,7 @@ def test_the_distillation_loss_is_the_formula():
     own, taught = (torch.randn(5, 3, generator=generator) for _ in range(2))
     y = torch.tensor([0, 1, 2, 0, 1])
     config = FinetuneConfig(distillation_weight=0.3, temperature=3.0)
-    run = finetune_module._Run(None, None, None, config, None, None, False)
+    run = Run(None, None, None, config, None, None, False)
     q, p = (own.double() / 3).softmax(1), (taught.double() / 3).softmax(1)
     expected = 0.7 * cross_entropy(own, y) + 0.3 * 9 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(run._loss(own, ((1.0, y),), taught), expected.float())

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_channel_dot import (
+from layouts import (
     Maker,
+    assert_equal_bits_with_any_threads,
     channels_last,
     contiguous,
     converted,
@@ -12,6 +13,7 @@ from test_channel_dot import (
     misaligned,
     reversed_dims,
     slice_of_channels,
+    view_amid_nan,
 )
 from torch import Tensor
 
@@ -200,14 +202,6 @@ def test_no_channels_give_an_empty_result(device: str) -> None:
     assert ops.map_similarity(torch.randn(2, 0, 4, device=device)).shape == (0, 0)
 
 
-@pytest.fixture
-def poisoned_allocations() -> object:
-    """torch fills every uninitialised allocation with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("shape", [(70, 5, 7, 7), (2, 130, 4, 4)])
@@ -231,24 +225,14 @@ def test_every_run_gives_equal_bits(layout: Maker, shape: tuple[int, ...], devic
 @pytest.mark.parametrize("shape", [(100, 5, 17, 17), (3, 70, 20, 30)])
 def test_the_number_of_threads_does_not_change_a_bit(layout: Maker, shape: tuple[int, ...]) -> None:
     x, y = layout(shape), layout(shape)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(torch.stack([ops.map_similarity(x), ops.map_similarity(x, y=y)]))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_equal_bits_with_any_threads(lambda: ops.map_similarity(x))
+    assert_equal_bits_with_any_threads(lambda: ops.map_similarity(x, y=y))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nothing_outside_a_view_is_used(layout: Maker, device: str) -> None:
     """NaN around a cropped view stays outside the result."""
-    x = torch.full((2, 7, 9, 9), torch.nan)
-    x = x.contiguous(memory_format=torch.channels_last) if layout is channels_last else x
-    x[:, 1:6, 2:7, 2:8] = torch.randn(2, 5, 5, 6)
-    view = x.to(device)[:, 1:6, 2:7, 2:8]
+    view = view_amid_nan(layout, device)
     assert_close_to_reference(ops.map_similarity(view), view, "ssim")
 
 

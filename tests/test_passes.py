@@ -78,3 +78,17 @@ def test_walks_through_one_model_take_turns():
         for walk in walks:
             walk.close()
     assert not model[0]._forward_hooks
+
+
+def test_a_walk_halts_only_where_it_is_awaited(monkeypatch):
+    halts, original = [], Halting.halt
+    monkeypatch.setattr(Halting, "halt", lambda self: (halts.append(self), original(self)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    taps = {k: Tap(str(k), "output", -1) for k in range(3)}
+    with tapped(model, taps) as tap:
+        walk = Walk(tap, torch.randn(3, 2), lambda key, tensor: tensor)
+        walk.until(1)
+        assert list(walk.seen) == [0, 1] and len(halts) == 1
+        walk.until(0)
+        assert list(walk.seen) == [0, 1] and len(halts) == 1
+        walk.close()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import assert_equal_bits_with_any_threads
 from torch import Tensor
 
 from ccp_ext import ops, reference
@@ -111,15 +112,8 @@ def test_no_channels(device: str) -> None:
 
 def test_every_run_and_every_number_of_threads_gives_equal_bits(device: str) -> None:
     a, sigma = torch.randn(700, 150, device=device), torch.randn(700, device=device)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(ops.weighted_gram_(torch.zeros(150, 150, device=device), a, sigma))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    S = torch.zeros(150, 150, device=device)
+    assert_equal_bits_with_any_threads(lambda: ops.weighted_gram_(S.clone(), a, sigma))
 
 
 @pytest.mark.gpu
@@ -172,17 +166,12 @@ def test_one_sigma_serves_all_layers(device: str) -> None:
 
 def test_grouped_updates_give_equal_bits_with_any_number_of_threads(device: str) -> None:
     a = [torch.randn(700, C, device=device) for C in (150, 20, 64)]
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            S = [torch.zeros(C, C, device=device) for C in (150, 20, 64)]
-            results.append(ops.weighted_grams_(S, a))
-    finally:
-        torch.set_num_threads(threads)
-    for first, *others in zip(*results, strict=True):
-        assert all(torch.equal(first, other) for other in others)
+
+    def grams() -> Tensor:
+        S = [torch.zeros(C, C, device=device) for C in (150, 20, 64)]
+        return torch.cat([matrix.flatten() for matrix in ops.weighted_grams_(S, a)])
+
+    assert_equal_bits_with_any_threads(grams)
 
 
 @pytest.mark.gpu

@@ -18,11 +18,14 @@ from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.statistics import collect
 
-HEADS = 3
-
 
 class StatisticsWithHeads:
     """Collects the statistics of the network's loss and of its auxiliary heads' together.
+
+    Args:
+        options: of :func:`ccp_ext.collect`.
+        count: of heads.
+        seed: of their weights and of their training.
 
     Attributes:
         statistics: of :func:`ccp_ext.collect`.
@@ -30,9 +33,14 @@ class StatisticsWithHeads:
     """
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, options: dict[str, Any], seed: int
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        options: dict[str, Any],
+        count: int,
+        seed: int,
     ) -> None:
-        self.model, self.graph, self.seed = model, graph, seed
+        self.model, self.graph, self.count, self.seed = model, graph, count, seed
         self.statistics = collect(model, graph, **options)
         self._curvature = options["curvature"]
         self.heads: AuxiliaryHeads | None = None
@@ -43,7 +51,7 @@ class StatisticsWithHeads:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.heads = AuxiliaryHeads.spread(
-                self.model, self.graph, images.num_classes, count=HEADS
+                self.model, self.graph, images.num_classes, count=self.count
             )
         train_heads(
             self.model,
@@ -82,8 +90,9 @@ class CCPAuxiliary(SecondOrder):
     note = (
         "the construction is DCP's, since only the name is known: three heads at equal distances, "
         "weight 1, trained on the images of the statistics while the network stays as it is; "
-        "curvature 'logits' or 'empirical'; the fine-tuning with these heads is not part of it"
+        "curvature 'logits' or 'empirical'; fine-tuning has three such heads too, drawn anew"
     )
+    auxiliary_heads = 3
     site, curvature, first_order = "gate", "logits", False
 
     def statistics(self) -> None:
@@ -100,7 +109,8 @@ class CCPAuxiliary(SecondOrder):
             raise InputError(
                 "criterion 'ccp-ac' takes first_order=True only with curvature='empirical'"
             )
-        return StatisticsWithHeads(model, graph, settings, self.options.seed)
+        heads, seed = self.auxiliary_heads, self.options.seed
+        return StatisticsWithHeads(model, graph, settings, heads, seed)
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         return super().costs(model, graph, data.statistics)

@@ -67,12 +67,14 @@ class Criterion:
 
     Attributes:
         note: what the published description leaves open, and what was chosen here.
+        auxiliary_heads: classifiers inside the network that its fine-tuning is published with.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     summary: ClassVar[str]
     note: ClassVar[str] = ""
+    auxiliary_heads: ClassVar[int] = 0
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()

@@ -135,7 +135,10 @@ def _accuracy_chart(result: Mapping[str, Any], repair: str) -> str:
     ordered = sorted(curves.items(), key=lambda c: -sum(accuracy for _, accuracy, _ in c[1]))
     places = {name: k for k, name in enumerate(result["settings"]["criteria"])}
     series = [svg.Series(name, sorted(points), places[name]) for name, points in ordered]
+    beside = summary.control_of(result, repair)
     level = ("unpruned", result["plain"]["report accuracy"])
+    if beside is not None:
+        level = ("unpruned, fine-tuned too", beside["report accuracy"])
     title = f"Accuracy against MACs, repair: {repair}"
     chart = svg.lines(title, "MACs kept, %", "accuracy on the report half, %", series, level)
     return _figure(chart, f"Repair: {repair}. Bars: one standard deviation over the seeds.")

@@ -6,13 +6,15 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ccp_ext.report.tables import table
 
 PARTS = ("selection", "report", "all")
 COSTS = ("statistics", "choice", "repair")
+# In place of a criterion: the model that nothing was removed from, fine-tuned as the others.
+UNPRUNED = "unpruned"
 
 
 def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -22,13 +24,32 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     standard deviation under "... spread" (None for a single seed). "mark" is "best" for the
     highest mean accuracy on the selection half at that budget and repair, "close" where the
     difference to it is at most the larger of the two spreads, and "" for the others. Within a
-    budget and repair the best come first.
+    budget and repair the best come first. The unpruned control is left out.
     """
     cells: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in rows:
+    for row in _of_arms(rows):
         cell = cells.setdefault((row["kind"], row["budget"], row["repair"]), {})
         cell.setdefault(row["criterion"], []).append(row)
     return [entry for cell in cells.values() for entry in _ranked(cell)]
+
+
+def control(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The entry of the unpruned model after fine-tuning; None where there was none.
+
+    Its "repair" is the step alone; it belongs beside the arms whose repair holds that step.
+    """
+    mine = [row for row in rows if row["criterion"] == UNPRUNED]
+    return {**_average(mine), "mark": "control"} if mine else None
+
+
+def control_of(result: Mapping[str, Any], repair: str) -> dict[str, Any] | None:
+    """The control that belongs beside the arms with this repair, or None."""
+    entry = result.get("control")
+    return entry if entry is not None and entry["repair"] in repair.split("+") else None
+
+
+def _of_arms(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (row for row in rows if row["criterion"] != UNPRUNED)
 
 
 def _ranked(cell: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -47,13 +68,14 @@ def rank(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Where each arm stands among the others, 1 the best, by its accuracy on the selection half.
 
     Arms are ranked anew for each budget, repair and seed; equal accuracies share their mean rank.
+    The unpruned control has none.
 
     Returns:
         [{"criterion", "mean rank", "spread", "best rank", "worst rank"}], the best mean first; the
         spread is the standard deviation, None for a single rank.
     """
     races: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in _of_arms(rows):
         race = (row["kind"], row["budget"], row["repair"], row["seed"])
         races.setdefault(race, []).append(row)
     ranks: dict[str, list[float]] = {}
@@ -93,12 +115,17 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(title, rows to show) for each budget and repair."""
-    shown: dict[str, list[dict[str, Any]]] = {}
+    """(title, rows to show) for each budget and repair; the control, if it has one, last."""
+    shown: dict[tuple[str, float | int, str], list[dict[str, Any]]] = {}
     for entry in result["summary"]:
-        title = f"{entry['kind']} {entry['budget']}, repair: {entry['repair']}"
-        shown.setdefault(title, []).append(_cells(entry))
-    return list(shown.items())
+        key = entry["kind"], entry["budget"], entry["repair"]
+        shown.setdefault(key, []).append(_cells(entry))
+    found = []
+    for (kind, budget, repair), rows in shown.items():
+        beside = control_of(result, repair)
+        rows += [_cells(beside)] if beside else []
+        found.append((f"{kind} {budget}, repair: {repair}", rows))
+    return found
 
 
 def _cells(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +135,8 @@ def _cells(entry: Mapping[str, Any]) -> dict[str, Any]:
     cells["report loss"] = with_spread(entry, "report loss", 4)
     for head, name in (("MACs %", "MACs"), ("params %", "parameters")):
         cells[head] = f"{100 * entry[f'{name} kept']:.1f}"
-    cells["objective"] = f"{entry['objective']:.4g}"
+    objective = entry["objective"]
+    cells["objective"] = None if objective is None else f"{objective:.4g}"
     for name in COSTS:
         cells[f"{name} s"] = f"{entry[f'{name} seconds']:.2f}"
     peaks = [entry[f"{name} MiB"] for name in COSTS]
@@ -134,10 +162,17 @@ def explanation(result: Mapping[str, Any]) -> str:
         f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
         f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
         "% on all. best: the highest mean on the selection half; close: behind it by no more than "
-        f"the larger of the two spreads. The spread is that of the seeds; the {report_images:,} "
+        f"the larger of the two spreads{_about_control(result)}. The spread is that of the seeds; "
+        f"the {report_images:,} "
         "report images themselves leave a standard error of about "
         f"{_standard_error(result):.1f} points. Memory: {memory}."
     )
+
+
+def _about_control(result: Mapping[str, Any]) -> str:
+    if result.get("control") is None:
+        return ""
+    return "; control: the unpruned model after the same fine-tuning, which is not ranked"
 
 
 def _standard_error(result: Mapping[str, Any]) -> float:

@@ -9,7 +9,6 @@ namespace {
 
 using ccp::ChannelMomentsParams;
 using ccp::Moments;
-using ccp::cpu::Isa;
 
 using Kernel = void (*)(const ChannelMomentsParams&, int64_t, double*, int64_t, int64_t);
 
@@ -55,11 +54,4 @@ void check(const std::string& isa, Kernel by_row, Kernel by_position) {
 
 }  // namespace
 
-int main() {
-  CHECK_ISA(baseline);
-#ifdef CCP_MULTI_ISA
-  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
-  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
-#endif
-  return testing::report();
-}
+#include "cpu_main.h"

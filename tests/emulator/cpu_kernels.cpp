@@ -17,7 +17,6 @@ namespace {
 using ccp::ChannelDotParams;
 using ccp::TileIndex;
 using ccp::WeightedGramParams;
-using ccp::cpu::Isa;
 
 template <class T>
 using ChannelDotKernel = void (*)(const ChannelDotParams&, int64_t, ccp::Accumulator<T>*, int64_t,
@@ -101,11 +100,4 @@ void check_weighted_gram(const std::string& isa, int64_t width, Pack pack, Add a
 
 }  // namespace
 
-int main() {
-  CHECK_ISA(baseline);
-#ifdef CCP_MULTI_ISA
-  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
-  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
-#endif
-  return testing::report();
-}
+#include "cpu_main.h"

@@ -11,7 +11,6 @@ namespace {
 using ccp::Accumulator;
 using ccp::MapSimilarityParams;
 using ccp::SimilarityKind;
-using ccp::cpu::Isa;
 
 // What the launcher does, in one part and one sample at a time.
 template <class T, class Pack, class Add>
@@ -70,11 +69,4 @@ void run(const MapSimilarityParams& params, int64_t width, int64_t packed_size, 
 
 }  // namespace
 
-int main() {
-  CHECK_ISA(baseline);
-#ifdef CCP_MULTI_ISA
-  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
-  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
-#endif
-  return testing::report();
-}
+#include "cpu_main.h"

@@ -14,7 +14,6 @@
 namespace {
 
 using ccp::TileIndex;
-using ccp::cpu::Isa;
 
 struct Window {
   int64_t kernel[2], stride[2], padding[2], dilation[2], positions[2];
@@ -152,8 +151,8 @@ void check_pairs(const ccp::cpu::PairKernels& kernels, int64_t width) {
 int main() {
   CHECK_ISA(baseline);
 #ifdef CCP_MULTI_ISA
-  if (ccp::cpu::best_isa() >= Isa::kAvx2) CHECK_ISA(avx2);
-  if (ccp::cpu::best_isa() >= Isa::kAvx512) CHECK_ISA(avx512);
+  if (ccp::cpu::best_isa() >= ccp::cpu::Isa::kAvx2) CHECK_ISA(avx2);
+  if (ccp::cpu::best_isa() >= ccp::cpu::Isa::kAvx512) CHECK_ISA(avx512);
   if (const ccp::cpu::PairKernels* kernels = ccp::cpu::pair_kernels())
     check_pairs(*kernels, ccp::cpu::avx512::panel_width<float>());
 #endif

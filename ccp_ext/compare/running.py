@@ -1,0 +1,146 @@
+"""All rows of a comparison, in one process or in several, and its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from ccp_ext import allocation, files
+from ccp_ext.compare.bench import Bench
+from ccp_ext.compare.jobs import Job, all_jobs
+from ccp_ext.compare.settings import CompareSettings
+from ccp_ext.errors import InputError
+from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs
+from ccp_ext.report.summary import as_csv, as_markdown, control, rank, summarise
+
+
+def compare(
+    settings: CompareSettings,
+    output: str | os.PathLike[str],
+    *,
+    devices: Sequence[str] = ("cpu",),
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Make every row that the folder lacks, and the tables.
+
+    Writes to the folder ``output``: ``settings.json``, ``plain.json``, a file for each row in
+    ``rows``, and at the end ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
+
+    Args:
+        devices: one process each, if there are several (a device may be named more than once);
+            each makes a run of consecutive rows, so that almost all statistics are gathered once.
+        say: gets a line for each row; must be a module's function if there are several devices.
+
+    Returns:
+        {"settings", "plain", "rows", "summary", "control", "ranks"}; of the last three see
+        :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
+        their shares that are kept, the forecast objective, accuracy (percent) and loss on the
+        halves of the test set and on the whole, and the seconds and peak memory (MiB) of
+        statistics, choice and repair.
+
+    Raises:
+        InputError: anything in the settings or the data that the user can mend; nothing is written
+            before the inputs, the options and the budgets were found good.
+    """
+    inputs = load_inputs(settings, devices[0])
+    _check(settings, inputs)
+    folder = RunFolder(output, {**dataclasses.asdict(settings), **inputs.contents()})
+    (folder.path / "rows").mkdir(exist_ok=True)
+    jobs = all_jobs(settings)
+    missing = [job for job in jobs if _read_row(folder, job) is None]
+    if len(missing) < len(jobs):
+        say(f"{len(jobs) - len(missing)} of {len(jobs)} rows are there")
+    plain = folder.read("plain.json", dict)
+    if plain is None:
+        plain = Bench(settings, inputs, folder, progress).plain()
+        folder.write("plain.json", plain)
+    if len(devices) == 1:
+        _make_rows(Bench(settings, inputs, folder, progress), missing, say)
+    elif missing:
+        _make_rows_in_parallel(settings, folder, missing, devices, say)
+    folder.remove(*(job.checkpoint for job in jobs))  # of rows after which a run was stopped
+    rows = [_read_row(folder, job) for job in jobs]
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "plain": plain,
+        "rows": rows,
+        "summary": summarise(rows),
+        "control": control(rows),
+        "ranks": rank(rows),
+    }
+    folder.write("comparison.json", result)
+    files.write_text(folder.path / "comparison.csv", as_csv(rows))
+    files.write_text(folder.path / "comparison.md", as_markdown(result))
+    return result
+
+
+def _check(settings: CompareSettings, inputs: Inputs) -> None:
+    """Find what would fail later on."""
+    for kind, value in settings.budgets():
+        allocation.allocate(inputs.graph, **{kind: value}, multiple=settings.multiple)
+    for arm in settings.arms():
+        criterion = arm.with_seed(settings.seeds[0])
+        check_statistics(inputs.model, inputs.graph, criterion, settings.allocation_of(arm))
+    if len(inputs.test) < 2:
+        raise InputError("compare: the test set holds 1 image; it takes 2 to have two halves")
+
+
+def _make_rows(bench: Bench, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+    for done, job in enumerate(jobs, 1):
+        row = bench.row(job)
+        bench.folder.write(job.file, row)
+        bench.folder.remove(job.checkpoint)
+        say(
+            f"{done}/{len(jobs)} {job.criterion}, {job.kind} {job.budget}, {job.repair}, seed "
+            f"{job.seed}: {row['all accuracy']:.2f} % on {bench.device}"
+        )
+
+
+def _make_rows_in_parallel(
+    settings: CompareSettings,
+    folder: RunFolder,
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """One process a device; if one fails, the others finish their rows first."""
+    ends = [len(jobs) * k // len(devices) for k in range(len(devices) + 1)]
+    threads = max(1, torch.get_num_threads() // len(devices))
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(devices), context) as pool:
+        running = [
+            pool.submit(_worker, settings, folder, jobs[start:end], device, threads, say)
+            for device, (start, end) in zip(devices, itertools.pairwise(ends), strict=True)
+            if start < end
+        ]
+        for process in running:
+            process.result()
+
+
+def _worker(
+    settings: CompareSettings,
+    folder: RunFolder,
+    jobs: Sequence[Job],
+    device: str,
+    threads: int,
+    say: Callable[[str], None],
+) -> None:
+    torch.set_num_threads(threads)
+    # Bars of several processes would overwrite one another.
+    _make_rows(Bench(settings, load_inputs(settings, device), folder, False), jobs, say)
+
+
+def _read_row(folder: RunFolder, job: Job) -> dict[str, Any] | None:
+    row = folder.read(job.file, dict)
+    if row is not None and any(row.get(k) != v for k, v in dataclasses.asdict(job).items()):
+        raise InputError(f"{folder.path / job.file} is damaged; remove it to go on")
+    return row

@@ -1,0 +1,12 @@
+"""Repair of a pruned model without training.
+
+:func:`fold_means` puts the means of what was removed into the next layer's bias; :func:`refit`
+solves each layer behind a cut anew by least squares, the constant included; and
+:func:`reestimate_batchnorm` measures the BatchNorm statistics again, after either of them.
+"""
+
+from ccp_ext.compensation.batchnorm import reestimate_batchnorm
+from ccp_ext.compensation.folding import fold_means
+from ccp_ext.compensation.refitting import LAYERS, refit
+
+__all__ = ["LAYERS", "fold_means", "reestimate_batchnorm", "refit"]
