@@ -85,6 +85,7 @@ class CCPAuxiliary(SecondOrder):
         "curvature 'logits' or 'empirical'; the fine-tuning with these heads is not part of it"
     )
     site, curvature, first_order = "gate", "logits", False
+    allocation = "optimal"
 
     def statistics(self) -> None:
         """None: the pass is the observation's."""

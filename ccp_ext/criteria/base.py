@@ -67,12 +67,16 @@ class Criterion:
 
     Attributes:
         note: what the published description leaves open, and what was chosen here.
+        allocation: what the allocation "auto" means for it: "optimal" if the costs of all groups
+            are in one unit (the change of the loss or of the logits), so that they can be added;
+            else "uniform".
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     summary: ClassVar[str]
     note: ClassVar[str] = ""
+    allocation: str = "uniform"
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()

@@ -119,6 +119,7 @@ class RefitLoss(Criterion):
         "greedy removal; errors at different positions count as independent; a constant is "
         f"refitted too; {_POSITIONS} positions of an image are drawn for the moments"
     )
+    allocation = "optimal"
 
     def observation(self, model, graph) -> LossSensitivity:
         return LossSensitivity(model, graph, self.options.seed)
