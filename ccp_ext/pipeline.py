@@ -284,15 +284,15 @@ class _Rounds:
             progress=self.progress,
         )
         costs = self.criterion.costs(model, graph, data)
-        automatic = settings.allocation == "auto"
         if number == 1:
             shown = snapshot.take(model, graph, costs, self.inputs.train)
             shown.save(self.folder.path / "snapshot.safetensors")
+        chosen = settings.allocation
         return make_plan(
             graph,
             costs,
             **self.schedule.at(number, graph, self.plan),
-            allocation=self.criterion.allocation if automatic else settings.allocation,
+            allocation=self.criterion.allocation if chosen == "auto" else chosen,
             joint=joint_cost(settings.allocation, self.criterion, data),
             **settings.rules(),
             record={**_plain(settings), "statistics": _settings_of(data)},
