@@ -59,6 +59,7 @@ def _criteria(options: argparse.Namespace) -> None:
     for name in criteria.names():
         criterion = criteria.get(name)
         lines = [criterion.summary, f"source: {criterion.source}"]
+        lines.append(f"allocation: {criterion.allocation}")
         if criterion.note:
             lines.append(f"note: {criterion.note}")
         print(f"{name:16}" + f"\n{'':16}".join(lines))
@@ -272,10 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument(
         "--allocation",
-        default="uniform",
-        choices=("uniform", "optimal", "joint"),
-        help="one share for all groups (default); what costs least by the criterion; or that, "
-        "improved on the cost of the whole network (ccp, ccp-paper)",
+        default="auto",
+        choices=("auto", "uniform", "optimal", "joint"),
+        help="uniform: one share for all groups; optimal: what costs least by the criterion; "
+        "joint: that, improved on the cost of the whole network (ccp, ccp-paper); auto (default): "
+        "uniform or optimal, as `ccp criteria` says",
     )
     prune.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     prune.add_argument("--minimum", type=int, default=1, help="least kept channels of a group")
@@ -368,9 +370,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument(
         "--allocation",
-        default="uniform",
-        choices=("uniform", "optimal"),
-        help="of the criteria that do not say their own, as ccp:allocation=optimal does",
+        default="auto",
+        choices=("auto", "uniform", "optimal"),
+        help="of the criteria that do not say their own, as ccp:allocation=optimal does; auto "
+        "(default): as `ccp criteria` says",
     )
     compare.add_argument("--multiple", type=int, default=1, help="kept channels divisible by this")
     compare.add_argument(

@@ -16,13 +16,14 @@ import bisect
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ccp_ext.allocation import allocate
 from ccp_ext.errors import InputError
@@ -38,7 +39,7 @@ _ROUNDINGS = 64
 
 
 _POWER_ITERATIONS = 30
-_BISECTIONS = 60
+_BISECTIONS = 40
 
 # What a channel is taken to use that uses nothing, so that the rates stay finite.
 _LEAST_USE = 1e-9
@@ -138,6 +139,7 @@ def refine(
     counts: Mapping[str, Sequence[int]] | None = None,
     max_moves: int | None = None,
     time_limit: float = math.inf,
+    progress: bool = False,
 ) -> Refinement:
     """Walk downhill in the joint cost from a choice of channels, within a budget.
 
@@ -161,6 +163,7 @@ def refine(
         counts: by group the keep counts allowed; by default and without entry 1 to C_g.
         max_moves: stop after so many moves.
         time_limit: seconds after which no further move is begun.
+        progress: show a bar of the moves if it lasts longer than a second.
 
     Raises:
         InputError: rows or masks that do not fit the graph, a resource without a budget, or a start
@@ -174,12 +177,15 @@ def refine(
         g.name: sorted((counts or {}).get(g.name, range(1, g.channels + 1))) for g in graph.groups
     }
     limits = _Budget(resource, budget, allowed)
-    walk = _Walk(_Problem(cost, names), limits, removed, max_moves, time_limit)
-    if resource is not None and not limits.fits(walk.point.keep):
-        raise InputError(
-            f"refine: the start uses {resource(walk.point.keep)}, more than the budget of {budget}"
-        )
-    status = walk.run()
+    bar = tqdm(desc="joint descent", unit="move", delay=1.0, disable=not progress, leave=False)
+    with bar:
+        walk = _Walk(_Problem(cost, names), limits, removed, max_moves, time_limit, bar)
+        if resource is not None and not limits.fits(walk.point.keep):
+            raise InputError(
+                f"refine: the start uses {resource(walk.point.keep)}, more than the budget of "
+                f"{budget}"
+            )
+        status = walk.run()
     masks = walk.masks()
     return Refinement(
         masks, cost.objective(removed), cost.objective(masks), **walk.moves, status=status
@@ -192,6 +198,7 @@ def lower_bound(
     near: Mapping[str, Tensor],
     *,
     iterations: int = 500,
+    progress: bool = False,
     **budget: Any,
 ) -> float:
     """A value that no choice of channels within the budget costs less than, up to rounding.
@@ -210,21 +217,19 @@ def lower_bound(
             :func:`ccp_ext.trace`.
         near: masks {group: bool [C_g]} within the budget, such as :attr:`Refinement.removed`.
         iterations: of the search for x.
+        progress: show a bar of them if they last longer than a second.
         budget: the budget and the rules on the counts, as keywords of ``allocate``, such as
-            ``macs=0.5``.
+            ``macs=0.5``; with ``ratio`` or ``per_group`` every group keeps its number of channels.
 
     Raises:
         InputError: as :func:`refine` and ``allocate``.
     """
     _check(graph, cost, near)
     problem = _Problem(cost, [group.name for group in graph.groups])
-    kind = next((name for name in RESOURCES if budget.get(name) is not None), None)
-    if kind is None:
-        raise InputError(f"lower_bound: give a budget of {', '.join(RESOURCES)}")
-    table = budget.get("latency_table")
-    resource = graph.resource(kind) if table is None else table.resource(graph)
     mask = torch.cat([near[name].cpu() for name in problem.names]).to(problem.u.device)
-    x = _relaxed_minimum(problem, mask, _prices(problem, resource, near), iterations)
+    saving = _Saving.of(problem, graph, near, mask, budget)
+    steps = tqdm(range(iterations), "joint bound", delay=1.0, disable=not progress, leave=False)
+    x = _relaxed_minimum(problem, mask, saving, steps)
     product = x @ problem.columns.double()
     curves = {
         name: _LinearCurve.of(part)
@@ -251,6 +256,62 @@ class _LinearCurve:
         return cls(range(len(sums)), sums, sums)
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """What x has to save: ``prices @ x >= target``, in each part of the channels.
+
+    Attributes:
+        prices: by channel [C], float64.
+        part: by channel its part, int64 [C]: all in one for a budget, else each group.
+        target: by part.
+    """
+
+    prices: Tensor
+    part: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        problem: _Problem,
+        graph: Any,
+        near: Mapping[str, Tensor],
+        mask: Tensor,
+        budget: Mapping[str, Any],
+    ) -> _Saving:
+        """As much as ``mask`` saves, at the prices of the channels kept last in ``near``."""
+        kind = next((name for name in RESOURCES if budget.get(name) is not None), None)
+        if kind is None:
+            prices, part = torch.ones_like(problem.u), problem.group
+        else:
+            table = budget.get("latency_table")
+            resource = graph.resource(kind) if table is None else table.resource(graph)
+            prices, part = _prices(problem, resource, near), torch.zeros_like(problem.group)
+        target = prices.new_zeros(int(part.max()) + 1).index_add(0, part, prices * mask)
+        return cls(prices, part, target)
+
+    def short(self, x: Tensor) -> Tensor:
+        """bool: the parts that save too little."""
+        return torch.zeros_like(self.target).index_add(0, self.part, self.prices * x) < self.target
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the box that saves enough."""
+        inside = x.clamp(0, 1)
+        if not self.short(inside).any():
+            return inside
+        low = torch.zeros_like(self.target)
+        # With this multiplier every channel that has a price is wholly removed.
+        high = low + ((1 - x) / self.prices.clamp_min(_LEAST_USE)).max().clamp_min(0)
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            short = self.short(self._moved(x, middle))
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return self._moved(x, high)
+
+    def _moved(self, x: Tensor, multiplier: Tensor) -> Tensor:
+        return (x + multiplier[self.part] * self.prices).clamp(0, 1)
+
+
 def _prices(problem: _Problem, resource: Any, near: Mapping[str, Tensor]) -> Tensor:
     """By channel what its group's last kept channel uses [C], float64."""
     keep = {name: int((~near[name]).sum()) for name in problem.names}
@@ -263,11 +324,12 @@ def _prices(problem: _Problem, resource: Any, near: Mapping[str, Tensor]) -> Ten
     return torch.tensor(prices, dtype=torch.float64, device=problem.u.device)
 
 
-def _relaxed_minimum(problem: _Problem, mask: Tensor, prices: Tensor, iterations: int) -> Tensor:
-    """Nearly the least cost over [0, 1]^C among x that save as much as ``mask`` at the prices."""
+def _relaxed_minimum(
+    problem: _Problem, mask: Tensor, saving: _Saving, steps: Iterable[int]
+) -> Tensor:
+    """Nearly the least cost over [0, 1]^C among x that save as much as ``mask``."""
     columns = problem.columns.double()
     x = mask.double()
-    target = prices @ x
     # The trace over the largest eigenvalue can be large, so that power iteration pays.
     direction = torch.ones_like(x)
     for _ in range(_POWER_ITERATIONS):
@@ -276,33 +338,15 @@ def _relaxed_minimum(problem: _Problem, mask: Tensor, prices: Tensor, iterations
         direction = direction / largest.clamp_min(torch.finfo(torch.float64).tiny)
     step = 1 / (1.1 * largest).clamp_min(torch.finfo(torch.float64).tiny)
     ahead, momentum = x, 1.0
-    for _ in range(iterations):
+    for _ in steps:
         gradient = columns @ (ahead @ columns) / problem.count - problem.u
-        new = _project(ahead - step * gradient, prices, target)
+        new = saving.project(ahead - step * gradient)
         if (ahead - new) @ (new - x) > 0:  # uphill: begin anew (O'Donoghue and Candes, 2015)
             momentum = 1.0
         following = 0.5 * (1 + math.sqrt(1 + 4 * momentum**2))
         ahead = new + (momentum - 1) / following * (new - x)
         x, momentum = new, following
     return x
-
-
-def _project(x: Tensor, prices: Tensor, target: Tensor) -> Tensor:
-    """The nearest point of the box that saves ``target`` at the prices, or more."""
-    low = x.new_zeros(())
-    inside = x.clamp(0, 1)
-    if prices @ inside >= target:
-        return inside
-    # With this multiplier every channel that has a price is wholly removed.
-    high = ((1 - x) / prices.clamp_min(_LEAST_USE)).max().clamp_min(0)
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        saved = prices @ (x + middle * prices).clamp(0, 1)
-        low, high = (
-            torch.where(saved < target, middle, low),
-            torch.where(saved < target, high, middle),
-        )
-    return (x + high * prices).clamp(0, 1)
 
 
 class _Problem:
@@ -441,6 +485,7 @@ class _Walk:
         removed: Mapping[str, Tensor],
         max_moves: int | None,
         time_limit: float,
+        bar: tqdm,
     ) -> None:
         self.problem = problem
         self.budget = budget
@@ -449,6 +494,7 @@ class _Walk:
         self.moves = {"exchanges": 0, "transfers": 0, "chains": 0}
         self._max_moves = math.inf if max_moves is None else max_moves
         self._end = time.monotonic() + time_limit
+        self._bar = bar
 
     def run(self) -> str:
         while self._stopped() is None:
@@ -470,6 +516,10 @@ class _Walk:
             name: removed[span].clone()
             for name, span in zip(self.problem.names, self.problem.spans, strict=True)
         }
+
+    def _count(self, kind: str) -> None:
+        self.moves[kind] += 1
+        self._bar.update()
 
     def _stopped(self) -> str | None:
         if sum(self.moves.values()) >= self._max_moves:
@@ -498,11 +548,11 @@ class _Walk:
                 return
             point.flip([i, j])
             if span.start <= j < span.stop:
-                self.moves["exchanges"] += 1
+                self._count("exchanges")
                 out[row] = j
                 curvature[row] = problem.times(problem.columns[j])
             else:
-                self.moves["transfers"] += 1
+                self._count("transfers")
                 receivers = self._receivers(k)
 
     def _improves(self, flips: Sequence[int]) -> bool:
@@ -532,7 +582,7 @@ class _Walk:
                 if trial is not None and trial.value < self.point.value - self.problem.tolerance:
                     self.point = trial
                     self.point.refresh()
-                    self.moves["chains"] += 1
+                    self._count("chains")
 
     def _chain(self, first: str, step: Callable[[str, int], int | None]) -> _Point | None:
         """Change ``first`` by one step, and others so that the budget holds and is used up."""

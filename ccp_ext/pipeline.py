@@ -51,12 +51,14 @@ class PruneSettings:
             :func:`ccp_ext.allocation.allocate`.
         latency_table: file of a :class:`ccp_ext.LatencyTable`; None for one that is measured for a
             single image on the device of the run.
-        allocation: "uniform", "optimal" or "joint"; see :func:`ccp_ext.make_plan`.
+        allocation: "auto" (what the criterion says, see :class:`ccp_ext.criteria.Criterion`),
+            "uniform", "optimal" or "joint"; see :func:`ccp_ext.make_plan`.
         multiple, minimum: of the counts kept.
         rounds: the budget is reached in so many steps, with statistics anew before each.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images: training images that the statistics are gathered from.
-        repair: "none", or steps of :mod:`ccp_ext.repair` joined by "+", taken in every round.
+        repair: "none", or steps of :mod:`ccp_ext.repair` joined by "+", taken in every round; a
+            refit is always one towards the plain model's outputs.
         repair_images: training images for the repair.
         finetune: the schedule, or None for no fine-tuning.
         distil: fine-tune with the plain model as teacher.
@@ -73,7 +75,7 @@ class PruneSettings:
     latency: float | str | None = None
     ratio: float | None = None
     latency_table: str | None = None
-    allocation: str = "uniform"
+    allocation: str = "auto"
     multiple: int = 1
     minimum: int = 1
     rounds: int = 1
@@ -291,14 +293,16 @@ class _Rounds:
         if number == 1:
             shown = snapshot.take(model, graph, costs, self.inputs.train)
             shown.save(self.folder.path / "snapshot.safetensors")
+        chosen = settings.allocation
         return make_plan(
             graph,
             costs,
             **self.schedule.at(number, graph, self.plan),
-            allocation=settings.allocation,
+            allocation=self.criterion.allocation if chosen == "auto" else chosen,
             joint=joint_cost(settings.allocation, self.criterion, data),
             **settings.rules(),
             record={**_plain(settings), "statistics": _settings_of(data)},
+            progress=self.progress,
         )
 
     @contextlib.contextmanager

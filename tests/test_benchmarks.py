@@ -14,12 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, common, networks, scaling, statistics_cost, suite, sweep, targets
+from benchmarks import (
+    check,
+    common,
+    latency,
+    networks,
+    scaling,
+    statistics_cost,
+    suite,
+    sweep,
+    targets,
+)
 from benchmarks.limits import Limits
 from benchmarks.operation import Work
 from benchmarks.resnet50 import ResNet50
 from benchmarks.statistics_methods import BASELINE, DEFAULT, KEEPING, PAPER
-from ccp_ext import InputError, ops
+from ccp_ext import InputError, models, ops
 
 ROW = {
     "operator": str,
@@ -42,6 +52,25 @@ ROW = {
     "% of two-stream read": float,
     "time over ours": float,
 }
+
+
+def test_predicted_latencies_stand_beside_measured_ones(tmp_path, monkeypatch) -> None:
+    small = networks.Network(lambda: models.create("resnet8"), 16, 10, batch=2, cpu_batch=2)
+    monkeypatch.setattr(latency, "NETWORKS", {"resnet56": small})
+    monkeypatch.setattr(
+        latency, "write_results", lambda name, content: written.update(content) or name
+    )
+    written: dict = {}
+    arguments = ["latency", "--networks", "resnet56", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    latency.main()
+    rows = {row["plan"]: row for row in written["rows"]}
+    assert rows["all"]["predicted"] == pytest.approx(1.0) and rows["all"]["MACs kept"] == 1
+    assert 0.4 < rows["macs 0.5"]["MACs kept"] <= 0.5
+    for row in rows.values():
+        assert row["error %"] == pytest.approx(100 * (row["predicted"] / row["measured"] - 1))
+        assert row["measured 10%"] <= row["measured"] <= row["measured 90%"]
 
 
 def run_quick(folder: Path, *arguments: str) -> dict:

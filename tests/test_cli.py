@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -92,6 +93,44 @@ def test_fine_tuning_has_the_criterions_auxiliary_heads_unless_others_are_asked_
     command = prune_command(inputs, tmp_path / "run", epochs=1, repair="none", **options)
     assert cli.main(command) == 0
     assert heads == [expected]
+
+
+def test_a_run_says_which_allocation_its_criterion_led_to(inputs, whole, tmp_path):
+    assert cli.main(prune_command(inputs, tmp_path / "l1", criterion="l1", images=32)) == 0
+    taken = [
+        ccp_ext.PruningPlan.load(folder / "plan.json").record["allocation"]["method"]
+        for folder in (whole, tmp_path / "l1")
+    ]
+    assert taken == ["optimal", "uniform"]
+
+
+def test_a_refit_may_follow_every_round(inputs, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = {"rounds": 2, "repair": "refit", "macs": 0.4}
+    assert cli.main(prune_command(inputs, output, **options)) == 0
+    stages = json.loads((output / "report.json").read_text())["stages"]
+    names = ["plain", "pruned, round 1", "refitted, round 1", "pruned", "refitted"]
+    assert [row["stage"] for row in stages] == names
+    # The targets are the plain model's, so that the last refit is that of a single round with the
+    # same channels, but for the old weights that the ridge draws it to.
+    plain = models.create("resnet8")
+    state = torch.load(inputs / "weights.th", weights_only=True)["state_dict"]
+    plain.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    train = ccp_ext.datasets.load(inputs / "data.npz", "train")
+    images = pipeline.sample(train, 64, 0, "repair")
+    plan = ccp_ext.PruningPlan.load(output / "plan.json")
+    once = ccp_ext.prune(copy.deepcopy(plain), plan)
+    cut = ccp_ext.prune(copy.deepcopy(plain), plan)
+    ccp_ext.refit(plain.eval(), once, images, progress=False)
+    slim = ccp_ext.load(output / "slim.safetensors", lambda: models.create("resnet8"))
+    x = train.normalise(images.images)
+    with torch.no_grad():
+        outputs = [m.eval()(x) for m in (plain, cut, once, slim)]
+    before, single, rounds = ((o - outputs[0]).square().mean() for o in outputs[1:])
+    assert rounds < 1.5 * single < before
+    assert "fold" in complaint(
+        capsys, prune_command(inputs, tmp_path / "fold", **{**options, "repair": "fold+refit"})
+    )
 
 
 @pytest.mark.parametrize("option", ["--distil", "--auxiliary-heads=2"])
@@ -424,3 +463,4 @@ def test_info_and_criteria(capsys):
     assert cli.main(["criteria"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ccp_ext.criteria.names())
+    assert "allocation: optimal" in listed and "allocation: uniform" in listed

@@ -104,6 +104,18 @@ def test_every_criterion_says_where_it_comes_from(name):
     assert criterion.source and criterion.summary and "\n" not in criterion.summary
 
 
+def test_costs_in_one_unit_are_allocated_by_their_sum_and_others_uniformly():
+    optimal = {name for name in criteria.names() if criteria.get(name).allocation == "optimal"}
+    assert optimal == {
+        *("ccp", "ccp-ac", "fisher", "taylor", "taylor-2019", "obd-c", "sosp-h"),
+        *("kwon", "gate-refit", "refit-loss"),
+    }
+    assert {criteria.get(name).allocation for name in criteria.names()} == {"optimal", "uniform"}
+    # Divided by a price, the cost is no change of the loss any more.
+    plain = criteria.get("group-fisher", criteria.Options(normalise="none"))
+    assert plain.allocation == "optimal" and criteria.get("group-fisher").allocation == "uniform"
+
+
 @pytest.mark.parametrize(("name", "order"), [("l1", 1), ("l2", 2)])
 def test_norms_are_the_filters_norms(name, order, subject):
     model, graph, _ = subject

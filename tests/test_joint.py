@@ -190,6 +190,21 @@ def test_the_bound_is_the_minimum_where_the_relaxation_is_exact():
     assert bound == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_bound_at_fixed_counts_holds_and_is_worth_something():
+    left, possible = 0.0, 0.0
+    for seed in range(5):
+        cost, start = random_cost(seed), random_masks(seed)
+        F, u = dense(cost)
+        keep = keep_counts(joined(start))
+        every = torch.tensor(list(itertools.product([False, True], repeat=len(u))))
+        values = [value(F, u, mask) for mask in every if keep_counts(mask) == keep]
+        bound = joint.lower_bound(GRAPH, cost, start, iterations=200, per_group=keep)
+        assert bound <= min(values) + 1e-10
+        left += min(values) - bound
+        possible += sum(values) / len(values) - min(values)
+    assert left < 0.2 * possible
+
+
 def _fits(keep: dict[str, int], budget: int) -> bool:
     return min(keep.values()) > 0 and bilinear(keep) <= budget
 

@@ -16,6 +16,7 @@ from benchmarks.allocation import synthetic_curves
 from benchmarks.resnet50 import ResNet50
 from ccp_ext.allocation import Allocation, allocate
 from ccp_ext.allocation.lagrangian import Program, solve
+from ccp_ext.allocation.resource import Affine, Resource, Table
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
 
@@ -163,6 +164,46 @@ def test_a_limit_on_the_tables_relaxes_but_stays_valid():
     for found in (exact, relaxed):
         assert resource(found.keep) <= budget
         assert found.objective >= optimum - 1e-9
+
+
+def improvements(program, keep):
+    """Widths within the budget that cost less, with one group changed or one narrowed for another.
+
+    Yields the keep counts; of groups that are exchanged, those of up to 12 more or fewer channels.
+    """
+    at = {n: int(np.flatnonzero(w == keep[n])[0]) for n, w in program.widths.items()}
+    moves = [{n: k} for n in at for k in range(len(program.widths[n]))]
+    for a, b in itertools.permutations(at, 2):
+        narrower = range(max(0, at[a] - 12), at[a])
+        wider = range(at[b] + 1, min(len(program.widths[b]), at[b] + 13))
+        moves += [{a: i, b: j} for i in narrower for j in wider]
+    for move in moves:
+        changed = {**at, **move}
+        less = program.objective(changed) < program.objective(at) - 1e-9
+        if less and program.cost(changed) <= program.budget:
+            yield program.keep(changed)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 9])
+@pytest.mark.parametrize("in_tables", [False, True])
+def test_no_change_of_one_group_and_no_exchange_of_two_improves(in_tables, seed):
+    rng = np.random.default_rng(seed)
+    names = [f"group{k}" for k in range(6)]
+    widths = {name: np.arange(1, 21) for name in names}
+    values = {name: np.cumsum(np.sort(rng.exponential(size=20)))[::-1] for name in names}
+    pairs = {pair: int(rng.integers(1, 9)) for pair in itertools.combinations(names, 2)}
+    resource = Resource(products={**pairs, (names[0], names[0]): 5})
+    if in_tables:
+        resource = Resource(tables=tuple(product_table(*pair, c) for pair, c in pairs.items()))
+    program = Program(widths, values, resource, 0.3 * resource(dict.fromkeys(names, 20)))
+    found = solve(program, values)
+    assert resource(found.keep) <= program.budget
+    assert list(improvements(program, found.keep)) == []
+
+
+def product_table(a, b, coefficient):
+    value = lambda out, inputs: np.asarray(coefficient * out * inputs, dtype=np.float64)  # noqa: E731
+    return Table(Affine(0, {a: 1}), Affine(0, {b: 1}), value, value, (lambda n: n, lambda n: n))
 
 
 def test_more_budget_never_costs_more(bottlenecks):

@@ -7,6 +7,7 @@ import torch
 
 import ccp_ext
 from ccp_ext import Cost, InputError, criteria, make_plan, models, planning
+from ccp_ext import cost as cost_module
 from ccp_ext.cost import SearchedCost
 from ccp_ext.forecast import removed_masks
 from ccp_ext.joint import JointCost
@@ -53,8 +54,16 @@ def test_statistics_serve_as_costs_without_the_first_order_term(graph):
     with ccp_ext.collect(model, graph) as stats:
         stats.backward(model(x), y)
     plan = make_plan(graph, stats, macs=0.5)
-    expected = make_plan(graph, criteria.get("ccp").costs(model, graph, stats), macs=0.5)
+    ccp = criteria.get("ccp")
+    costs = ccp.costs(model, graph, stats)
+    expected = make_plan(graph, costs, macs=0.5, allocation=ccp.allocation)
     assert plan.groups == expected.groups
+    assert plan.record["allocation"] == expected.record["allocation"]
+    assert plan.record["allocation"]["method"] == "optimal"
+    assert make_plan(graph, costs, macs=0.5).record["allocation"]["method"] == "uniform"
+    shares = make_plan(graph, stats, ratio=0.5)
+    assert shares.record["allocation"]["method"] == "uniform"
+    assert shares.groups == make_plan(graph, costs, ratio=0.5, allocation="uniform").groups
 
 
 def test_kept_counts_are_multiples(graph):
@@ -99,6 +108,10 @@ def test_joint_plans_cost_the_whole_network_no_more_than_where_they_begin(graph,
     assert found["start"] == pytest.approx(before)
     assert joint.record["allocation"]["objective"] == pytest.approx(after)
     assert after < before and found["exchanges"] > 0
+    note = joint.record["allocation"]
+    # The cost is not negative, and the bound knows more than that.
+    assert 0 < note["lower_bound"] <= note["objective"]
+    assert note["gap"] == pytest.approx(note["objective"] - note["lower_bound"])
     if "macs" in budget:
         assert joint.forecast["macs_after"] <= 0.5 * joint.forecast["macs_before"]
     else:
@@ -178,6 +191,24 @@ def test_latency_budgets_make_plans(graph):
         assert table.predict(graph, keep) <= 0.8 * table.milliseconds
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_bars_show_what_takes_long(progress, graph, capsys, monkeypatch):
+    bars, solve = planning.tqdm, cost_module.select
+    at_once = {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr(planning, "tqdm", lambda *a, **k: bars(*a, **{**k, **at_once}))
+
+    def reporting(*arguments, progress, **options):
+        if progress:
+            progress(5.0, 3.0)
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(cost_module, "select", reporting)
+    make_plan(graph, random_costs(graph), macs=0.5, allocation="optimal", progress=progress)
+    shown = capsys.readouterr().err
+    for title in ("cost curves", "choosing channels", "gap 2"):
+        assert (title in shown) == progress
+
+
 def test_bad_costs_are_named(graph):
     costs = random_costs(graph)
     name = graph.groups[0].name
@@ -187,5 +218,7 @@ def test_bad_costs_are_named(graph):
         make_plan(graph, {**costs, name: Cost(u=torch.zeros(3))}, ratio=0.5)
     with pytest.raises(InputError, match="exactly one of"):
         make_plan(graph, costs)
-    with pytest.raises(InputError, match="allocation must be one of uniform, optimal, joint; got"):
+    with pytest.raises(
+        InputError, match="allocation must be one of auto, uniform, optimal, joint; got"
+    ):
         make_plan(graph, costs, macs=0.5, allocation="best")

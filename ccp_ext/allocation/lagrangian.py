@@ -8,15 +8,15 @@ between two groups, give the solution.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ccp_ext.allocation.elimination import TABLE_LIMIT, Elimination, Vectors
-from ccp_ext.allocation.resource import Resource
+from ccp_ext.allocation.resource import Resource, Table
 
 # The search for the multiplier ends when the bound cannot rise by more than this, beside the range
 # of the objective; a poor multiplier costs tightness, never validity.
@@ -27,7 +27,7 @@ _COARSE = 8
 # Exchanges between two groups try so many widths on either side.
 _REACH = 12
 # Relaxed products are exact at a reference; it moves to the solution so many times.
-_REFERENCES = 3
+_REFERENCES = 2
 
 
 @dataclass(frozen=True)
@@ -261,90 +261,135 @@ def _fitted(
     return moved(low)
 
 
-def _improved(program: Program, chosen: dict[str, int]) -> dict[str, int]:
+def _improved(program: Program, chosen: Mapping[str, int]) -> dict[str, int]:
     """Change one or two groups at a time while this lowers the objective within the budget."""
     moves = _Moves(program, chosen)
-    names = list(chosen)
+    groups = range(len(chosen))
     while True:
-        changed = [moves.change_one(name) for name in names]
-        changed += [moves.change_two(a, b) for a, b in itertools.combinations(names, 2)]
-        if not any(changed):
+        changed = sum(moves.change(a) for a in groups)
+        for a in groups:
+            while moves.exchange(a):
+                changed += 1
+        if not changed:
             return moves.chosen
 
 
 class _Moves:
-    """Exact costs of changing the widths of one or two groups of a solution."""
+    """Exact costs of changing the widths of one or two groups of a solution.
+
+    Groups go by number. Around its width each has a window of W widths; beyond the ends of its
+    range the last one is repeated, so that the windows of all groups make one array.
+    """
 
     def __init__(self, program: Program, chosen: Mapping[str, int]) -> None:
         self._program = program
-        self.chosen = dict(chosen)
-        self._keep = program.keep(chosen)
-        resource = program.resource
-        self._neighbours: dict[str, dict[str, float]] = {name: {} for name in chosen}
+        self._names = list(chosen)
+        self._at = np.array(list(chosen.values()))
+        sizes = np.array([len(program.widths[name]) for name in self._names])
+        self._last = sizes - 1
+        self._widths, self._values = np.zeros((2, len(sizes), sizes.max()))
+        for g, name in enumerate(self._names):
+            self._widths[g, : sizes[g]] = program.widths[name]
+            self._values[g, : sizes[g]] = program.values[name]
+        self._read(program.resource)
+        self._slack = program.budget - program.cost(chosen)
+        self._table_cost: dict[int, np.ndarray] = {}
+        self._update(range(len(sizes)))
+
+    def _read(self, resource: Resource) -> None:
+        """The cost's coefficients, and which tables and which groups meet which."""
+        number = {name: g for g, name in enumerate(self._names)}
+        self._linear = np.array([float(resource.linear.get(name, 0)) for name in self._names])
+        self._products = np.zeros((len(number), len(number)))
         for (a, b), coefficient in resource.products.items():
-            self._neighbours[a][b] = self._neighbours[b][a] = coefficient
-        self._tables = {name: [t for t in resource.tables if name in t.groups] for name in chosen}
-        self._set_slack()
+            self._products[number[a], number[b]] = coefficient
+            self._products[number[b], number[a]] = coefficient
+        self._squares = self._products.diagonal().copy()
+        np.fill_diagonal(self._products, 0)
+        self._tables = [[t for t in resource.tables if name in t.groups] for name in self._names]
+        self._beside = [
+            sorted({number[name] for table in tables for name in table.groups} - {g})
+            for g, tables in enumerate(self._tables)
+        ]
 
-    def change_one(self, name: str) -> bool:
-        n = self._program.widths[name]
-        cost = self._polynomial(name, n) + self._of_tables(self._tables[name], {name: n})
-        gain = self._value(name) - self._program.values[name]
-        return self._apply(np.where(cost <= self._slack, gain, -np.inf), (name,), (0,))
+    @property
+    def chosen(self) -> dict[str, int]:
+        return dict(zip(self._names, self._at.tolist(), strict=True))
 
-    def change_two(self, a: str, b: str) -> bool:
-        (first, n), (second, m) = self._window(a), self._window(b)
-        cost = self._polynomial(a, n)[:, None] + self._polynomial(b, m)
-        if b in self._neighbours[a]:
-            both = (n - self._keep[a])[:, None] * (m - self._keep[b])
-            cost = cost + self._neighbours[a][b] * both
-        tables = {id(t): t for t in (*self._tables[a], *self._tables[b])}.values()
-        cost = cost + self._of_tables(tables, {a: n[:, None], b: m})
-        values = self._program.values
-        gain = (self._value(a) - values[a][first : first + len(n)])[:, None]
-        gain = gain + (self._value(b) - values[b][second : second + len(m)])
-        return self._apply(np.where(cost <= self._slack, gain, -np.inf), (a, b), (first, second))
+    def change(self, a: int) -> bool:
+        """Give the group the best width that fits."""
+        n = self._widths[a, : self._last[a] + 1]
+        cost = (n - self._keep[a]) * (self._slope[a] + self._squares[a] * (n + self._keep[a]))
+        cost = cost + self._of_tables(self._tables[a], {a: n})
+        gain = self._value[a] - self._values[a, : len(n)]
+        best = int(np.where(cost <= self._slack, gain, -np.inf).argmax())
+        return self._apply({a: best}, gain[best])
 
-    def _window(self, name: str) -> tuple[int, np.ndarray]:
-        start = max(0, self.chosen[name] - _REACH)
-        return start, self._program.widths[name][start : self.chosen[name] + _REACH + 1]
+    def exchange(self, a: int) -> bool:
+        """Narrow the group for widening that other with which most can be gained.
 
-    def _value(self, name: str) -> float:
-        return self._program.values[name][self.chosen[name]]
+        To widen both, or to narrow both, gains nothing that one alone does not.
+        """
+        less, more = slice(None, _REACH), slice(_REACH + 1, None)
+        cost = self._cost[a, less, None] + self._cost[:, None, more]
+        slopes = self._products[a, :, None] * self._step[:, more]
+        cost += self._step[a, less, None] * slopes[:, None, :]
+        for b in self._beside[a]:
+            cost[b] += self._of_shared_tables(a, less, b, more)
+        gain = self._gain[a, less, None] + self._gain[:, None, more]
+        gain[a] = -np.inf
+        best = int(np.where(cost <= self._slack, gain, -np.inf).argmax())
+        b, i, j = np.unravel_index(best, gain.shape)
+        moved = {a: self._window[a, less][i], int(b): self._window[b, more][j]}
+        return self._apply(moved, gain[b, i, j])
 
-    def _polynomial(self, name: str, n: np.ndarray) -> np.ndarray:
-        """What the products, the square and the linear term change by."""
-        slope = self._program.resource.linear.get(name, 0)
-        square = 0
-        for other, coefficient in self._neighbours[name].items():
-            if other == name:
-                square = coefficient
-            else:
-                slope = slope + coefficient * self._keep[other]
-        now = self._keep[name]
-        return (n - now) * (slope + square * (n + now))
+    def _of_tables(self, tables: Sequence[Table], changed: Mapping[int, np.ndarray]) -> Any:
+        """What the tables change by if groups get other widths."""
+        if not tables:
+            return 0.0
+        now = dict(zip(self._names, self._keep.astype(np.int64), strict=True))
+        then = now | {self._names[g]: n.astype(np.int64) for g, n in changed.items()}
+        return sum(table(then) - table(now) for table in tables)
 
-    def _of_tables(self, tables, changed: Mapping[str, np.ndarray]) -> np.ndarray | float:
-        return sum(table({**self._keep, **changed}) - table(self._keep) for table in tables)
+    def _of_shared_tables(self, a: int, first: slice, b: int, second: slice) -> np.ndarray:
+        """What tables of both groups change by beyond the changes for each group alone."""
+        shared = [table for table in self._tables[a] if self._names[b] in table.groups]
+        n = self._widths[a, self._window[a, first], None]
+        m = self._widths[b, self._window[b, second]]
+        both = self._of_tables(shared, {a: n, b: m})
+        return both - self._of_tables(shared, {a: n}) - self._of_tables(shared, {b: m})
 
-    def _apply(self, gain: np.ndarray, names: tuple[str, ...], start: tuple[int, ...]) -> bool:
-        best = int(gain.argmax())
+    def _apply(self, moved: Mapping[int, int], gain: float) -> bool:
+        """Move groups to these positions, if that gains and fits."""
         # A gain that is only rounding could go to and fro.
-        if not gain.flat[best] > 1e-12 * max(abs(self._value(name)) for name in names):
+        if not gain > 1e-12 * max(abs(self._value[g]) for g in moved):
             return False
-        positions = np.unravel_index(best, gain.shape)
-        moved = {n: f + int(p) for n, f, p in zip(names, start, positions, strict=True)}
-        keep = {name: int(self._program.widths[name][k]) for name, k in moved.items()}
+        chosen = self.chosen | {self._names[g]: int(at) for g, at in moved.items()}
+        slack = self._program.budget - self._program.cost(chosen)
         # The change of a cost in floating point is not exact to the last bit.
-        if self._program.resource({**self._keep, **keep}) > self._program.budget:
+        if slack < 0:
             return False
-        self.chosen |= moved
-        self._keep |= keep
-        self._set_slack()
+        for g, at in moved.items():
+            self._at[g] = at
+        self._slack = slack
+        self._update({*moved, *(b for g in moved for b in self._beside[g])})
         return True
 
-    def _set_slack(self) -> None:
-        self._slack = self._program.budget - self._program.resource(self._keep)
+    def _update(self, groups: Iterable[int]) -> None:
+        """All that depends on the widths; ``groups``: those whose tables see other ones."""
+        every, at = np.arange(len(self._at))[:, None], self._at[:, None]
+        self._window = np.clip(at + np.arange(-_REACH, _REACH + 1), 0, self._last[:, None])
+        self._keep = self._widths[every, at][:, 0]
+        self._value = self._values[every, at][:, 0]
+        self._slope = self._linear + self._products @ self._keep
+        n, now = self._widths[every, self._window], self._keep[:, None]
+        self._step = n - now
+        self._gain = self._value[:, None] - self._values[every, self._window]
+        self._cost = self._step * (self._slope[:, None] + self._squares[:, None] * (n + now))
+        for g in groups:
+            self._table_cost[g] = self._of_tables(self._tables[g], {g: n[g]})
+        for g, cost in self._table_cost.items():
+            self._cost[g] += cost
 
 
 # --- fewer widths ------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ class Bench:
                 allocation=method,
                 joint=joint_cost(method, criterion, stats),
                 multiple=self.settings.multiple,
+                progress=self.progress,
             )
 
         key = (statistics_key(arm, job.seed), job.seed, method == "joint")

@@ -78,9 +78,9 @@ class CompareSettings:
         repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
             layer), "refit" (least squares), "batchnorm" (re-estimation), "finetune" (the schedule);
             see :mod:`ccp_ext.compensation`.
-        allocation: "uniform" or "optimal", for all arms that do not bring their own ("joint" is
-            for single arms); see
-            :func:`ccp_ext.make_plan`.
+        allocation: "uniform", "optimal" or "auto" (what each criterion says, see
+            :class:`ccp_ext.criteria.Criterion`), for all arms that do not bring their own ("joint"
+            is for single arms); see :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images, repair_images: training images for the statistics and for the repair.
         finetune: the schedule of the step "finetune"; its seed is the row's. An arm of a criterion
@@ -98,7 +98,7 @@ class CompareSettings:
     params: tuple[float | int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     repair: tuple[str, ...] = ("batchnorm",)
-    allocation: str = "uniform"
+    allocation: str = "auto"
     multiple: int = 1
     scope: str = "inner"
     images: int = 10_000
@@ -132,7 +132,8 @@ class CompareSettings:
         return [Arm.parse(text) for text in self.criteria]
 
     def allocation_of(self, arm: Arm) -> str:
-        return arm.allocation or self.allocation
+        chosen = arm.allocation or self.allocation
+        return arm.with_seed(self.seeds[0]).allocation if chosen == "auto" else chosen
 
     def budgets(self) -> list[tuple[str, float | int]]:
         """(kind, value) of every budget."""

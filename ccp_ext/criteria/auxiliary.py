@@ -94,6 +94,7 @@ class CCPAuxiliary(SecondOrder):
     )
     auxiliary_heads = 3
     site, curvature, first_order = "gate", "logits", False
+    allocation = "optimal"
 
     def statistics(self) -> None:
         """None: the pass is the observation's."""

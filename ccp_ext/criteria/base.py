@@ -68,6 +68,9 @@ class Criterion:
     Attributes:
         note: what the published description leaves open, and what was chosen here.
         auxiliary_heads: classifiers inside the network that its fine-tuning is published with.
+        allocation: what the allocation "auto" means for it: "optimal" if the costs of all groups
+            are in one unit (the change of the loss or of the logits), so that they can be added;
+            else "uniform".
     """
 
     name: ClassVar[str]
@@ -75,6 +78,7 @@ class Criterion:
     summary: ClassVar[str]
     note: ClassVar[str] = ""
     auxiliary_heads: ClassVar[int] = 0
+    allocation: str = "uniform"
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()

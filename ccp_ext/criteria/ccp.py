@@ -49,11 +49,12 @@ class CCP(SecondOrder):
     source = "Peng et al., ICML 2019, with the curvature and site that measured best here"
     summary = "pairwise second-order cost: logits' curvature at the gates, no first-order term"
     site, curvature, first_order = "gate", "logits", False
+    allocation = "optimal"
 
 
 @register
 class CCPPaper(SecondOrder):
-    """The published objective to the letter."""
+    """The published objective to the letter, and with one ratio for all groups as published."""
 
     name = "ccp-paper"
     source = "Peng et al., ICML 2019, Algorithm 1 and min b'S_hat b"

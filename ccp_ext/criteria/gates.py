@@ -28,6 +28,7 @@ class Kwon(Criterion):
         "budget is the plan's; kept channels are offered in the order of their number; the tuning "
         "of the masks' values is left to the compensation"
     )
+    allocation = "optimal"
 
     def observation(self, model, graph) -> MiniBatchGram:
         return MiniBatchGram(model, graph, MINI_BATCH)
@@ -73,6 +74,7 @@ class GateRefit(Criterion):
     source = "this package; OBS (Hassibi and Stork, NeurIPS 1993) on the gates"
     summary = "pairwise curvature left after the kept channels were rescaled"
     note = "the rescaling itself is part of what ccp_ext.compensation.refit does"
+    allocation = "optimal"
 
     def statistics(self) -> dict[str, Any]:
         options = self.options

@@ -117,6 +117,7 @@ class RefitLoss(Criterion):
         "greedy removal; errors at different positions count as independent; a constant is "
         f"refitted too; up to {POSITIONS} positions of an image, on a grid, enter the moments"
     )
+    allocation = "optimal"
 
     def observation(self, model, graph) -> LossSensitivity:
         return LossSensitivity(model, graph, self.options.seed)

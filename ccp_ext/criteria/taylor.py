@@ -29,6 +29,7 @@ class Taylor(_LossGradient):
     name = "taylor"
     source = "Molchanov et al., ICLR 2017"
     summary = "mean absolute first-order change of each sample's loss"
+    allocation = "optimal"
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         return {name: Cost(u=-data[name].absolute) for name in data}
@@ -41,6 +42,7 @@ class Fisher(_LossGradient):
     name = "fisher"
     source = "Theis et al. 2018; Liu et al., ICML 2021 (Group Fisher), without cost normalisation"
     summary = "diagonal empirical Fisher: mean squared first-order change of each sample's loss"
+    allocation = "optimal"
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         return {name: Cost(u=-0.5 * data[name].S.diagonal()) for name in data}
@@ -56,6 +58,7 @@ class GroupFisher(Fisher):
         "(normalise='memory': values in the feature maps of convolutions; or 'macs', 'none') "
         "compares groups and changes nothing within one; one shot instead of pruning while training"
     )
+    allocation = "uniform"  # what is divided by a price is no change of the loss any more
 
     def __init__(self, options=None) -> None:
         super().__init__(options)
@@ -64,6 +67,8 @@ class GroupFisher(Fisher):
             raise InputError(
                 f"normalise must be one of {', '.join(accepted)}; got {self.options.normalise!r}"
             )
+        if self.options.normalise == "none":
+            self.allocation = Fisher.allocation
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         scores = super().costs(model, graph, data)
@@ -101,6 +106,7 @@ class Taylor2019(Criterion):
         "the network does not change meanwhile; gates lie behind the activation, where the first-"
         "order change is the same for ReLU; one shot"
     )
+    allocation = "optimal"
 
     def observation(self, model, graph) -> MiniBatchGram:
         return MiniBatchGram(model, graph, MINI_BATCH)
@@ -117,6 +123,7 @@ class OBDC(Criterion):
     source = "Wang et al., ICML 2019 (EigenDamage), their C-OBD"
     summary = "filter weights squared, weighted by the diagonal Fisher of each weight"
     note = "labels are drawn from the network's softmax, one for each sample"
+    allocation = "optimal"
 
     def observation(self, model, graph) -> WeightFisher:
         return WeightFisher(model, graph, self.options.seed)
@@ -142,6 +149,7 @@ class SOSPH(Criterion):
         "structures are the filters of the groups' producers, without biases and normalisations, "
         "and w is all of them; H is the exact Hessian of the cross-entropy"
     )
+    allocation = "optimal"
 
     def observation(self, model, graph) -> HessianProduct:
         return HessianProduct(model, graph)
