@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (range.first == range.last) continue;
     float* at = slots + range.first * area + (block % shares * kBlockThreads + threadIdx.x) * 4;
     Floats sum = load_packed<float, 4>(at);
-#pragma unroll 8
+#pragma unroll 4
     for (int64_t slot = range.first + 1; slot <= range.last; ++slot) {
       const Floats part = load_packed<float, 4>(at + (slot - range.first) * area);
 #pragma unroll
