@@ -82,7 +82,8 @@ class _Bench:
         graph = trace(model, self.batch[:1]).inner
         chosen = criteria.get(criterion, criteria.Options(seed=seed))
         stats = criteria.gather(model, graph, chosen, self.train, progress=self.progress)
-        plan = make_plan(graph, chosen.costs(model, graph, stats), macs=BUDGET)
+        costs = chosen.costs(model, graph, stats)
+        plan = make_plan(graph, costs, macs=BUDGET, allocation=chosen.allocation)
         surgery.prune(model, plan)
         reestimate_batchnorm(model, self.train.batches(128), progress=self.progress)
         before = evaluate(model, self.test, progress=self.progress).accuracy
