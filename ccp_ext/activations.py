@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,9 +18,6 @@ from ccp_ext.graph import Group, Tap
 
 if TYPE_CHECKING:
     from ccp_ext.datasets.image_set import ImageSet
-
-# Patches of about so many values are formed at a time.
-_PATCH_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -172,61 +167,3 @@ def read_at(
         receive(output)
 
     return module.register_forward_hook(read_output)
-
-
-# --- what a layer computes from patches ----------------------------------------------------------
-
-
-def patches(layer: nn.Module, x: Tensor, at: Tensor | None = None) -> Tensor:
-    """What each output position of a convolution or linear layer reads of its input.
-
-    Args:
-        layer: convolution (not grouped) or linear layer, with weight ``[O, I, *kernel]``.
-        x: its input, ``[N, I, *positions]``, or ``[N, ..., I]`` of a linear layer; or some of the
-            input's channels.
-        at: int64 ``[P]``, output positions as in the flattened output; all by default.
-
-    Returns:
-        ``[N, P, F]`` with F = I * (size of the kernel), in the order of ``weight.flatten(1)``: the
-        output at a position is the product of a row with the weight, plus the bias.
-    """
-    if not isinstance(layer, CONVOLUTIONS):
-        x = x.reshape(len(x), -1, x.shape[-1])
-        return x if at is None else x[:, at]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for k, size in enumerate(layer.kernel_size):
-        dilation = layer.dilation[k]
-        window = x.unfold(2 + k, dilation * (size - 1) + 1, layer.stride[k])
-        x = window[..., ::dilation]
-    dims = len(layer.kernel_size)
-    if at is None:
-        return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)  # [N, P, I, *kernel] flattened
-    x = x.movedim(1, 1 + dims)
-    return x[:, *torch.unravel_index(at, x.shape[1 : 1 + dims])].flatten(2)
-
-
-def patch_gram(layer: nn.Module, x: Tensor) -> Tensor:
-    """The sum over samples and output positions of p p', with p the :func:`patches`.
-
-    Args:
-        layer, x: as in :func:`patches`; x may hold fewer channels than the layer reads.
-
-    Returns:
-        float64 ``[F, F]``. Products are formed in float32, or float64 for float64 inputs.
-    """
-    total = x.new_zeros((), dtype=torch.float64)
-    for samples in sample_blocks(layer, x):
-        rows = _at_least_float32(patches(layer, x[samples])).flatten(0, 1)
-        total = total + (rows.T @ rows).double()
-    return total
-
-
-def sample_blocks(layer: nn.Module, x: Tensor) -> Iterator[slice]:
-    """Slices of the samples of a layer's input, few enough that their patches fit in memory."""
-    step = max(1, _PATCH_VALUES // (x[0].numel() * math.prod(layer.weight.shape[2:])))
-    return (slice(first, first + step) for first in range(0, len(x), step))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

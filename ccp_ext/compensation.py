@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
 
 import torch
@@ -23,8 +23,9 @@ from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
 from ccp_ext.graph import Tap, addends
-from ccp_ext.least_squares import Regression, draw_positions
+from ccp_ext.least_squares import Regression
 from ccp_ext.passes import Tapped, Walk, tapped
+from ccp_ext.patches import POSITIONS, Grid, as_maps
 
 LAYERS = ("cut", "cut+classifier", "all")
 
@@ -118,9 +119,9 @@ def refit(
     layers: str = "cut+classifier",
     residual: bool = True,
     ridge: float = 1e-3,
-    positions: int | None = 128,
+    positions: int | None = POSITIONS,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int = 128,
     progress: bool = True,
 ) -> dict[str, float]:
     """Solve layers of ``slim`` anew, so that they give the plain model's outputs again.
@@ -150,9 +151,9 @@ def refit(
             make up for the error of that tensor too: the target is what makes the sum the plain
             model's (see :func:`ccp_ext.graph.addends`).
         ridge: weight of the old values, at least 0.
-        positions: output positions of each image that count, drawn for each layer and batch;
-            neighbours tell almost the same. None for all.
-        seed: of the positions.
+        positions: at most so many output positions of each image count, on a grid that is drawn
+            for each layer and batch; neighbours tell almost the same. None for all.
+        seed: of the grids.
 
     Returns:
         By layer, the share of its targets' variance that the refit leaves unexplained.
@@ -171,7 +172,8 @@ def refit(
         others = addends(model, _example(model, images.normalise(images.images[:1])))
         for layer in chosen:
             layer.addend = others.get(layer.path)
-    draw = partial(draw_positions, positions, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(Grid.draw, count=positions, generator=generator)
     unexplained: dict[str, float] = {}
     with _two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         batches = [
@@ -234,7 +236,7 @@ class _Layer:
             slim.running_var.copy_(plain.running_var[self.outputs])
 
     def before_norm(self, addend: Tensor) -> Tensor:
-        """What the layer must give ``[..., O]`` so that its BatchNorm, if any, gives the addend.
+        """What the layer must give so that its BatchNorm, if any, gives the addend [N, O, ...].
 
         Zero where the BatchNorm's factor is: nothing that the layer does changes that channel.
         """
@@ -242,7 +244,7 @@ class _Layer:
             factor = (plain.running_var + plain.eps).rsqrt()
             if plain.weight is not None:
                 factor = factor * plain.weight.detach()
-            factor = factor[self.outputs]
+            factor = factor[self.outputs].view(-1, *[1] * (addend.dim() - 2))
             addend = torch.where(factor == 0, 0.0, addend / factor)
         return addend
 
@@ -362,16 +364,16 @@ class _Batch:
         slim: Tapped,
         layers: list[_Layer],
         x: Tensor,
-        draw: Callable[[int, torch.device], Tensor | None],
+        draw: Callable[[Sequence[int]], Grid],
     ) -> None:
         self._slim, self._x, self._draw = slim, x, draw
         self._left = {layer.path: layer for layer in layers}
-        self._drawn: dict[tuple[str, int], Tensor | None] = {}
+        self._drawn: dict[tuple[str, Sequence[int]], Grid] = {}
         self._plain_walk = Walk(model, _example(model.model, x), partial(self._keep, of_plain=True))
         self._slim_walk = self._walk_slim()
 
-    def samples(self, layer: _Layer) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Inputs, targets ``[N, P, O]`` and output positions of each call of the layer."""
+    def samples(self, layer: _Layer) -> Iterator[tuple[Tensor, Tensor, Grid]]:
+        """Inputs, targets ``[N, O, ...]`` and output positions of each call of the layer."""
         entry, output, addend = ((kind, layer.path) for kind in ("input", "output", "addend"))
         plain, slim = self._plain_walk, self._slim_walk
         plain.until(output, layer.calls)
@@ -404,7 +406,7 @@ class _Batch:
 
     def _keep(
         self, key: tuple[str, str], tensor: Tensor, *, of_plain: bool = False, copy: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor | None] | None:
+    ) -> Tensor | tuple[Tensor, Grid] | None:
         """Of a tensor at a tap what is needed: inputs whole, of the others the positions drawn."""
         kind, path = key
         layer = self._left.get(path)
@@ -412,18 +414,15 @@ class _Batch:
             return None
         if kind == "input":
             return tensor.clone() if copy else tensor
-        is_linear = isinstance(layer.slim, nn.Linear)
-        rows = (
-            tensor.reshape(len(tensor), -1, tensor.shape[-1]) if is_linear else tensor.flatten(2).mT
-        )
-        at = self._positions(path, rows.shape[1], rows.device)
-        rows = rows if at is None else rows[:, at]
-        return rows[..., layer.outputs] if of_plain else rows, at
+        maps = as_maps(layer.slim, tensor)
+        at = self._grid(path, maps.shape[2:])
+        maps = at.of(maps)
+        return maps[:, layer.outputs] if of_plain else maps.clone(), at
 
-    def _positions(self, path: str, of: int, device: torch.device) -> Tensor | None:
-        if (path, of) not in self._drawn:
-            self._drawn[path, of] = self._draw(of, device)
-        return self._drawn[path, of]
+    def _grid(self, path: str, sizes: Sequence[int]) -> Grid:
+        if (path, sizes) not in self._drawn:
+            self._drawn[path, sizes] = self._draw(sizes)
+        return self._drawn[path, sizes]
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def tapped(model: nn.Module, taps: Mapping[Any, Tap]) -> Iterator[Tapped]:
 
 
 class Walk:
-    """One forward pass, which halts wherever it sees something to keep.
+    """One forward pass, which halts where what is asked for was seen.
 
     Several walks may go through one model in turns, so its modules must not keep values of a
     forward pass in attributes.
@@ -119,6 +119,7 @@ class Walk:
     def __init__(self, model: Tapped, x: Tensor, keep: Callable[[Any, Tensor], Any]) -> None:
         self.seen: dict[Any, list[Any]] = {}
         self._model, self._keep = model, keep
+        self._awaited: tuple[Any, int] | None = None
         self._pass = Halting(lambda: model.model(x))
 
     def until(self, key: Any, count: int = 1) -> None:
@@ -127,12 +128,14 @@ class Walk:
         Raises:
             RuntimeError: the pass ends before.
         """
-        while len(self.seen.get(key, ())) < count:
-            self._model.receive = self._receive
-            running = self._pass.resume()
-            self._model.receive = None
-            if not running:
-                raise RuntimeError(f"a forward pass ended without reaching {key} {count} times")
+        if len(self.seen.get(key, ())) >= count:
+            return
+        self._awaited = key, count
+        self._model.receive = self._receive
+        running = self._pass.resume()
+        self._model.receive = None
+        if not running:
+            raise RuntimeError(f"a forward pass ended without reaching {key} {count} times")
 
     def close(self) -> None:
         """End the pass where it stands."""
@@ -142,4 +145,5 @@ class Walk:
         kept = self._keep(key, tensor)
         if kept is not None:
             self.seen.setdefault(key, []).append(kept)
-            self._pass.halt()
+            if (key, len(self.seen[key])) == self._awaited:
+                self._pass.halt()

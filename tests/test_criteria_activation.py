@@ -14,7 +14,7 @@ from test_criteria import costs_by, noise
 from torch import nn
 
 from ccp_ext import Cost, models, select, trace
-from ccp_ext.activations import map_views, observe, patch_gram, patches
+from ccp_ext.activations import map_views, observe
 from ccp_ext.errors import InputError
 
 
@@ -92,62 +92,6 @@ def test_a_module_that_the_model_lacks_is_named(subject):
     model, graph, images = subject
     with pytest.raises(InputError, match="no module 'layer1.0.relu' whose output"):
         observe(Shared(), {"g": Keep(model, graph.inner.groups[0])}, [], progress=False)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stride": 2, "padding": 1},
-        {"dilation": 2, "padding": (0, 3)},
-        {"padding": "same", "dilation": (2, 2)},
-        {"padding": 1, "padding_mode": "reflect"},
-    ],
-)
-def test_patches_times_weight_is_the_convolution(options):
-    layer, x = nn.Conv2d(4, 6, (3, 5), **options).double(), torch.randn(3, 4, 9, 8).double()
-    y = patches(layer, x) @ layer.weight.flatten(1).T + layer.bias
-    torch.testing.assert_close(y.mT, layer(x).flatten(2))
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nn.Conv1d(4, 5, 3, padding=1), (2, 4, 7)),
-        (nn.Conv3d(4, 5, 2), (2, 4, 3, 4, 3)),
-        (nn.Linear(4, 5), (2, 6, 4)),
-        (nn.Linear(4, 5), (2, 4)),
-    ],
-)
-def test_patches_of_other_layers(layer, shape):
-    layer, x = layer.double(), torch.randn(shape).double()
-    y = patches(layer, x) @ layer.weight.flatten(1).T + layer.bias
-    expected = layer(x)
-    channel = 1 if layer.weight.dim() > 2 else -1
-    torch.testing.assert_close(y.flatten(0, 1), expected.movedim(channel, -1).reshape(-1, 5))
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nn.Conv2d(3, 5, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (2, 3, 7, 9)),
-        (nn.Conv1d(3, 5, 3, padding=1), (2, 3, 8)),
-        (nn.Linear(3, 5), (2, 8, 3)),
-    ],
-)
-def test_patches_at_some_positions(layer, shape):
-    x, at = torch.randn(shape), torch.tensor([1, 4, 5])
-    assert torch.equal(patches(layer, x, at), patches(layer, x)[:, at])
-
-
-def test_grams_of_patches_add_up_over_blocks_of_samples(monkeypatch):
-    layer, x = nn.Conv2d(5, 3, 3, padding=1).double(), torch.randn(7, 5, 6, 6).double()
-    rows = F.unfold(x, 3, padding=1).mT.flatten(0, 1)
-    for values in (1 << 24, 2 * 36 * 45):  # all at once, two samples at a time
-        monkeypatch.setattr("ccp_ext.activations._PATCH_VALUES", values)
-        torch.testing.assert_close(patch_gram(layer, x), rows.T @ rows)
-    some = F.unfold(x[:, [4, 1]], 3, padding=1).mT.flatten(0, 1)
-    torch.testing.assert_close(patch_gram(layer, x[:, [4, 1]]), some.T @ some)
 
 
 # --- scores --------------------------------------------------------------------------------------

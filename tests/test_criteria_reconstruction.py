@@ -76,9 +76,23 @@ def test_thinet_is_the_error_of_the_next_layers_outputs():
 
 def test_thinet_of_coupled_channels_adds_the_layers_that_read_them():
     model = lively(models.create("resnet8")).eval()
-    graph = trace(model, torch.randn(1, 3, 16, 16))
+    graph = trace(model, torch.randn(1, 3, 8, 8))
     assert any(len(group.consumers) > 1 for group in graph.groups)
-    assert_thinet_costs_are_the_lost_outputs(model, graph, noise(6, 16))
+    assert_thinet_costs_are_the_lost_outputs(model, graph, noise(6, 8))
+
+
+def test_thinet_on_large_maps_looks_at_positions_drawn_by_the_seed():
+    model, graph, _ = chain()
+    images = noise(60, 50)  # 24 x 24 output positions
+    (group,) = graph.groups
+    exact = lost_output(model, group, [1, 3], images)
+    found = [
+        costs_by("thinet", model, graph, images, seed=seed)[group.name].objective(mask(6, [1, 3]))
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+    for cost in found:
+        assert cost != exact and cost == pytest.approx(exact, rel=0.02)
 
 
 def test_thinet_of_concatenated_and_flattened_channels():

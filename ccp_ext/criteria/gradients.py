@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ccp_ext.activations import patches
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph import ChannelGraph, Slice
 from ccp_ext.observation import Observer
+from ccp_ext.patches import patches
 
 
 class GradientObservation:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.activations import Activations, Reader, input_tap, patch_gram
+from ccp_ext.activations import Activations, Reader, input_tap
 from ccp_ext.cost import Cost, SearchedCost
 from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.criteria.refitting import GreedyPath, RefitProblem, greedy_path
 from ccp_ext.graph import Group
+from ccp_ext.patches import POSITIONS, Grid, output_sizes, patch_gram
 
 _RIDGE = 1e-2
 
 
 class Consumers:
-    """Second moments of what each consumer of a group reads of its channels."""
+    """Second moments of what each consumer of a group reads of its channels.
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
+    Args:
+        generator: draws the output positions.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, generator: torch.Generator) -> None:
         self.channels = group.channels
         self._parts = [
-            _Consumer(model.get_submodule(part.module), part.module, part.index)
+            _Consumer(model.get_submodule(part.module), part.module, part.index, generator)
             for part in group.consumers
         ]
 
@@ -51,15 +57,24 @@ class Consumers:
 
 
 class _Consumer:
-    def __init__(self, layer: nn.Module, path: str, positions: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        path: str,
+        channels: tuple[tuple[int, ...], ...],
+        generator: torch.Generator,
+    ) -> None:
         self.layer, self.tap = layer, input_tap(layer, path)
-        self._channels = torch.tensor(positions, device=layer.weight.device).flatten()
+        self._channels = torch.tensor(channels, device=layer.weight.device).flatten()
+        self._generator = generator
         self._total: Tensor | float = 0.0
         self._samples = 0
 
     def add(self, x: Tensor) -> None:
         x = x.detach().index_select(self.tap.channel_dim, self._channels)
-        self._total = self._total + patch_gram(self.layer, x)
+        at = Grid.draw(output_sizes(self.layer, x), POSITIONS, self._generator)
+        # Every position is drawn with probability 1 / prod(step).
+        self._total = self._total + math.prod(at.step) * patch_gram(self.layer, x, at)
         self._samples += len(x)
 
     @property
@@ -74,7 +89,8 @@ class _Consumer:
 
 class _Reconstruction(Criterion):
     def observation(self, model, graph) -> Activations:
-        return Activations(model, {g.name: Consumers(model, g) for g in graph.groups})
+        generator = torch.Generator().manual_seed(self.options.seed)
+        return Activations(model, {g.name: Consumers(model, g, generator) for g in graph.groups})
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         return {name: self._cost(data[name]) for name in data}
@@ -95,8 +111,9 @@ class ThiNet(_Reconstruction):
     source = "Luo et al., ICCV 2017 (ThiNet)"
     summary = "squared error of the next layer's outputs without the channels"
     note = (
-        "all output positions and channels instead of a random sample; the solver replaces the "
-        "greedy choice (method='greedy' of make_plan is that one)"
+        f"up to {POSITIONS} output positions of an image on a grid, and all channels, instead of a "
+        "random sample of both; the solver replaces the greedy choice (method='greedy' of "
+        "make_plan is that one)"
     )
 
     def _cost(self, consumers: Consumers) -> Cost:
@@ -111,8 +128,9 @@ class ChannelPruning(_Reconstruction):
     source = "He et al., ICCV 2017 (Channel Pruning)"
     summary = "LASSO on the contributions of the channels to the next layer's outputs"
     note = (
-        "the path of the LASSO is followed exactly instead of raising lambda in steps; all output "
-        "positions instead of a random sample; selection alone, on the original network's maps: "
+        "the path of the LASSO is followed exactly instead of raising lambda in steps; up to "
+        f"{POSITIONS} output positions of an image on a grid; selection alone, on the original "
+        "network's maps: "
         "the least-squares reconstruction is ccp_ext.compensation.refit"
     )
 

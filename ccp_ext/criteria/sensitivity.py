@@ -15,10 +15,9 @@ from ccp_ext.criteria.gradients import GradientObservation
 from ccp_ext.criteria.reconstruction import refitted_cost
 from ccp_ext.criteria.refitting import RefitProblem
 from ccp_ext.graph import ChannelGraph, Group
-from ccp_ext.least_squares import Regression, draw_positions
+from ccp_ext.least_squares import Regression
+from ccp_ext.patches import POSITIONS, Grid, as_maps
 
-# Output positions of an image that enter the moments; neighbours tell almost the same.
-_POSITIONS = 128
 _RIDGE = 1e-3
 
 
@@ -40,12 +39,12 @@ class Consumer:
         self._gradients: Tensor | float = 0.0
         self._outputs = 0  # samples and positions whose gradients were seen
 
-    def read(self, x: Tensor, positions: int, generator: torch.Generator) -> None:
-        """The layer's input in a call that gives so many output positions."""
-        at = draw_positions(_POSITIONS, generator, positions, x.device)
+    def read(self, x: Tensor, output: Tensor, generator: torch.Generator) -> None:
+        """The layer's input and output in a call."""
+        maps = as_maps(self.layer, output)
+        at = Grid.draw(maps.shape[2:], POSITIONS, generator)
         x = x.index_select(self._channel_dim, self._channels)
-        targets = x.new_zeros(len(x), positions if at is None else len(at), 0)
-        self._moments.add(self.layer, x, targets, at)
+        self._moments.add(self.layer, x, at.of(maps)[:, :0], at)
 
     def feel(self, gradient: Tensor) -> None:
         """The gradient at the output of a call."""
@@ -96,8 +95,7 @@ class LossSensitivity(GradientObservation):
                 stack.callback(hook.remove)
 
     def _watch(self, consumer: Consumer, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        positions = output.numel() // (len(output) * len(layer.weight))
-        consumer.read(args[0].detach(), positions, self._generator)
+        consumer.read(args[0].detach(), output.detach(), self._generator)
         output.register_hook(consumer.feel)
 
 
@@ -117,7 +115,7 @@ class RefitLoss(Criterion):
     summary = "block OBS: change of the logits after the next layer's refit, one channel at a time"
     note = (
         "greedy removal; errors at different positions count as independent; a constant is "
-        f"refitted too; {_POSITIONS} positions of an image are drawn for the moments"
+        f"refitted too; up to {POSITIONS} positions of an image, on a grid, enter the moments"
     )
 
     def observation(self, model, graph) -> LossSensitivity:
