@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +24,16 @@ from ccp_ext.cutting import CONVOLUTIONS, Cut, fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
-from ccp_ext.graph import Tap, addends
+from ccp_ext.gauss_newton import Parameters, Samples, TwoConvolutions, improve, solve_second
+from ccp_ext.graph import Feeder, Tap, addends, feeders
 from ccp_ext.least_squares import Regression
 from ccp_ext.passes import Tapped, Walk, tapped
 from ccp_ext.patches import POSITIONS, Grid, as_maps
 
 LAYERS = ("cut", "cut+classifier", "all")
+
+# Output positions that determine a Gauss-Newton step; about so many, of all images together.
+_JOINT_POSITIONS = 1 << 16
 
 
 def reestimate_batchnorm(
@@ -120,6 +126,7 @@ def refit(
     residual: bool = True,
     ridge: float = 1e-3,
     positions: int | None = POSITIONS,
+    joint: int = 4,
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = True,
@@ -136,10 +143,16 @@ def refit(
     :func:`fold_means` puts it; that BatchNorm gets the plain model's statistics apart from the
     shift. Sums are kept in float64.
 
+    Where a convolution that lost inputs reads relu(BatchNorm(convolution)), what that other one
+    computes is no longer the best for the channels that are left: before the layer is solved, both
+    take a Gauss-Newton step together toward the layer's targets (see
+    :mod:`ccp_ext.gauss_newton`; the nonlinear reconstruction of Zhang et al., TPAMI 2016, extended
+    to the layer before). No labels and no loss of the network enter.
+
     Both models run over the images once: the passes halt at each layer until it is solved (see
     :mod:`ccp_ext.passes`). So the activations of all images at one depth, of both models, lie in
     memory together; a layer that runs several times, or whose output is added to one computed
-    after it, costs one more pass through the layers before it.
+    after it, costs one more pass through the layers before it, or two for a step.
 
     Args:
         model: the plain model.
@@ -153,6 +166,8 @@ def refit(
         ridge: weight of the old values, at least 0.
         positions: at most so many output positions of each image count, on a grid that is drawn
             for each layer and batch; neighbours tell almost the same. None for all.
+        joint: iterations of the conjugate gradients that solve for the Gauss-Newton step, at
+            least 0, which leaves it out. Some images of every batch take part.
         seed: of the grids.
 
     Returns:
@@ -167,20 +182,30 @@ def refit(
         raise InputError(f"refit: ridge must be a number of 0 or more, got {ridge!r}")
     if positions is not None and positions < 1:
         raise InputError(f"refit: positions must be 1 or more, or None, got {positions!r}")
+    if joint < 0:
+        raise InputError(f"refit: joint must be a number of iterations, 0 or more, got {joint!r}")
     chosen = _choose(_layers(model, slim, images), layers)
+    example = _example(model, images.normalise(images.images[:1]))
     if residual and chosen:
-        others = addends(model, _example(model, images.normalise(images.images[:1])))
+        others = addends(model, example)
         for layer in chosen:
             layer.addend = others.get(layer.path)
+    if joint and any(layer.cut for layer in chosen):
+        found = feeders(model, example)
+        for layer in chosen:
+            layer.branch = _branch(slim, layer, found.get(layer.path))
     generator = torch.Generator().manual_seed(seed)
+    share = math.ceil(_JOINT_POSITIONS / images.num_batches(batch_size))
     draw = partial(Grid.draw, count=positions, generator=generator)
     unexplained: dict[str, float] = {}
     with _two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         batches = [
-            stack.enter_context(contextlib.closing(_Batch(*models, chosen, x, draw)))
+            stack.enter_context(contextlib.closing(_Batch(*models, chosen, x, draw, share)))
             for x, _ in images.batches(batch_size)
         ]
         for layer in tqdm(chosen, "refit", disable=not progress, leave=False):
+            if layer.branch:
+                _improve(layer, [batch.branch(layer) for batch in batches], ridge, joint)
             sums = Regression()
             for batch in batches:
                 for x, target, at in batch.samples(layer):
@@ -198,6 +223,7 @@ class _Layer:
         cut: whether it lost inputs.
         norms: by path the BatchNorm layers, in both models, that read the output.
         addend: where to read what the output is added to.
+        branch: it and the convolution that feeds it, if both take a step together.
         calls: in one forward pass.
     """
 
@@ -210,6 +236,7 @@ class _Layer:
     calls: int = 0
     norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
     addend: Tap | None = None
+    branch: _Branch | None = None
 
     @property
     def takes_constant(self) -> bool:
@@ -241,12 +268,98 @@ class _Layer:
         Zero where the BatchNorm's factor is: nothing that the layer does changes that channel.
         """
         for plain, _ in self.norms.values():
-            factor = (plain.running_var + plain.eps).rsqrt()
-            if plain.weight is not None:
-                factor = factor * plain.weight.detach()
-            factor = factor[self.outputs].view(-1, *[1] * (addend.dim() - 2))
+            factor = _along_channels(_factor(plain)[self.outputs], addend)
             addend = torch.where(factor == 0, 0.0, addend / factor)
         return addend
+
+
+@dataclasses.dataclass
+class _Branch:
+    """A convolution of the slim model and the one that feeds it.
+
+    The parameters of the two are with the BatchNorm between them and the factor of the one behind
+    them in the weights, so that errors have the unit in which the branch's output is added.
+
+    Attributes:
+        path: of the first.
+        norm: behind the first; None if there is none.
+        factor: of the BatchNorm behind the second ``[O]``.
+    """
+
+    path: str
+    layers: TwoConvolutions
+    norm: _BatchNorm | None
+    factor: Tensor
+
+    def get(self) -> Parameters:
+        first, second = self.layers.first, self.layers.second
+        scale, shift = self._folded()
+        constant = torch.zeros_like(self.factor)
+        return (
+            first.weight.detach() * _along_rows(scale, first.weight),
+            shift,
+            second.weight.detach() * _along_rows(self.factor, second.weight),
+            constant,
+        )
+
+    def put(self, parameters: Parameters) -> None:
+        """The last constant is not needed: the second layer is solved anew."""
+        weight, shift, out, _ = parameters
+        scale, old_shift = self._folded()
+        for layer, wanted, by in (
+            (self.layers.first, weight, scale),
+            (self.layers.second, out, self.factor),
+        ):
+            by = _along_rows(by, wanted)
+            layer.weight.data.copy_(torch.where(by == 0, layer.weight, wanted / by))
+        bias = self.layers.first.bias if self.norm is None else self.norm.bias
+        bias.data.add_(shift - old_shift)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """What the BatchNorm multiplies the first convolution's rows by, and the constant [H]."""
+        first, norm = self.layers.first, self.norm
+        bias = 0.0 if first.bias is None else first.bias.detach()
+        if norm is None:
+            return torch.ones_like(bias), bias.clone()
+        scale = _factor(norm)
+        return scale, norm.bias.detach() + scale * (bias - norm.running_mean)
+
+
+def _factor(norm: _BatchNorm) -> Tensor:
+    """What the BatchNorm multiplies each channel by ``[C]``."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.detach()
+
+
+def _along_channels(values: Tensor, maps: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (maps.dim() - 2))
+
+
+def _along_rows(values: Tensor, weight: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _branch(slim: nn.Module, layer: _Layer, feeder: Feeder | None) -> _Branch | None:
+    """None if the layer was not cut or a layer has no place for a constant."""
+    if feeder is None or not layer.cut or not layer.takes_constant:
+        return None
+    first = slim.get_submodule(feeder.path)
+    norm = None if feeder.norm is None else slim.get_submodule(feeder.norm)
+    if first.groups != 1 or (first if norm is None else norm).bias is None:
+        return None
+    factor = torch.ones_like(layer.slim.weight[:, 0].flatten(1)[:, 0])
+    for plain, _ in layer.norms.values():
+        factor = _factor(plain)[layer.outputs]
+    return _Branch(feeder.path, TwoConvolutions(first, layer.slim), norm, factor)
+
+
+def _improve(layer: _Layer, samples: Samples, ridge: float, iterations: int) -> None:
+    """Let the branch of the layer take a Gauss-Newton step from its least-squares solution."""
+    branch = layer.branch
+    factor = _along_channels(branch.factor, samples[0][1])
+    samples = [(x, target * factor) for x, target in samples]
+    start = solve_second(branch.layers, branch.get(), samples, ridge)
+    branch.put(improve(branch.layers, start, samples, iterations))
 
 
 def _layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Layer]:
@@ -346,13 +459,34 @@ def _two_models(
     added = {("addend", layer.path): layer.addend for layer in layers if layer.addend}
     outputs = {("output", layer.path): Tap(layer.path) for layer in layers}
     inputs = {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
+    feeds = {
+        ("feed", layer.path): Tap(layer.branch.path, "input") for layer in layers if layer.branch
+    }
     with (
         _evaluating(model),
         _evaluating(slim),
         tapped(model, outputs | added) as plain,
-        tapped(slim, inputs | added) as pruned,
+        tapped(slim, added | feeds | inputs) as pruned,
     ):
         yield plain, pruned
+
+
+class _Seen(NamedTuple):
+    """What stays of a layer's output, or of what it is added to.
+
+    Attributes:
+        maps, at: at the positions drawn, of all images.
+        whole: at all positions, of as many images as a branch's step needs.
+    """
+
+    maps: Tensor
+    at: Grid
+    whole: Tensor
+
+
+def _keys(layer: _Layer) -> tuple[tuple[str, str], ...]:
+    """Of the layer's input, its output, what that is added to, and the input of its branch."""
+    return tuple((kind, layer.path) for kind in ("input", "output", "addend", "feed"))
 
 
 class _Batch:
@@ -365,59 +499,81 @@ class _Batch:
         layers: list[_Layer],
         x: Tensor,
         draw: Callable[[Sequence[int]], Grid],
+        share: int,
     ) -> None:
-        self._slim, self._x, self._draw = slim, x, draw
+        """``share``: positions, of all the batch's images, that a branch's step needs."""
+        self._slim, self._x, self._draw, self._share = slim, x, draw, share
         self._left = {layer.path: layer for layer in layers}
         self._drawn: dict[tuple[str, Sequence[int]], Grid] = {}
         self._plain_walk = Walk(model, _example(model.model, x), partial(self._keep, of_plain=True))
         self._slim_walk = self._walk_slim()
 
+    def branch(self, layer: _Layer) -> tuple[Tensor, Tensor]:
+        """Of some images the input of the layer's branch and the layer's targets, whole maps."""
+        _, output, addend, feed = _keys(layer)
+        with self._reached(layer, feed) as (plain, slim):
+            target = plain[output][0].whole
+            if layer.addend:
+                target = target + layer.before_norm(plain[addend][0].whole - slim[addend][0].whole)
+            return slim[feed][0][: len(target)], target
+
     def samples(self, layer: _Layer) -> Iterator[tuple[Tensor, Tensor, Grid]]:
         """Inputs, targets ``[N, O, ...]`` and output positions of each call of the layer."""
-        entry, output, addend = ((kind, layer.path) for kind in ("input", "output", "addend"))
-        plain, slim = self._plain_walk, self._slim_walk
-        plain.until(output, layer.calls)
-        slim.until(entry)
-        with contextlib.ExitStack() as stack:
-            if layer.calls > 1 or (layer.addend and addend not in slim.seen):
-                # What is needed comes only after the layer, at which the pass has to wait.
-                slim = stack.enter_context(contextlib.closing(self._walk_slim(copy=True)))
-                slim.until(entry, layer.calls)
-            targets = plain.seen[output]
+        entry, output, addend, _ = _keys(layer)
+        with self._reached(layer, entry) as (plain, slim):
+            targets = [(seen.maps, seen.at) for seen in plain[output]]
             if layer.addend:
-                plain.until(addend)
-                slim.until(addend)
                 ((target, at),) = targets
-                error = plain.seen[addend][0][0] - slim.seen[addend][0][0]
+                error = plain[addend][0].maps - slim[addend][0].maps
                 targets = [(target + layer.before_norm(error), at)]
-            for x, (target, at) in zip(slim.seen[entry], targets, strict=True):
+            for x, (target, at) in zip(slim[entry], targets, strict=True):
                 yield x, target, at
         del self._left[layer.path]
         for walk in (self._plain_walk, self._slim_walk):
-            for key in (entry, output, addend):
+            for key in _keys(layer):
                 walk.seen.pop(key, None)
 
     def close(self) -> None:
         self._plain_walk.close()
         self._slim_walk.close()
 
+    @contextlib.contextmanager
+    def _reached(
+        self, layer: _Layer, key: tuple[str, str]
+    ) -> Iterator[tuple[dict[Any, list[Any]], dict[Any, list[Any]]]]:
+        """What both passes have seen once the slim one is at ``key`` and the targets are known."""
+        _, output, addend, _ = _keys(layer)
+        plain, slim = self._plain_walk, self._slim_walk
+        plain.until(output, layer.calls)
+        slim.until(key)
+        with contextlib.ExitStack() as stack:
+            if layer.calls > 1 or (layer.addend and addend not in slim.seen):
+                # What is needed comes only after the layer, at which the pass has to wait.
+                slim = stack.enter_context(contextlib.closing(self._walk_slim(copy=True)))
+                slim.until(key, layer.calls)
+            if layer.addend:
+                plain.until(addend)
+                slim.until(addend)
+            yield plain.seen, slim.seen
+
     def _walk_slim(self, copy: bool = False) -> Walk:
         return Walk(self._slim, _example(self._slim.model, self._x), partial(self._keep, copy=copy))
 
     def _keep(
         self, key: tuple[str, str], tensor: Tensor, *, of_plain: bool = False, copy: bool = False
-    ) -> Tensor | tuple[Tensor, Grid] | None:
+    ) -> Tensor | _Seen | None:
         """Of a tensor at a tap what is needed: inputs whole, of the others the positions drawn."""
         kind, path = key
         layer = self._left.get(path)
         if layer is None:
             return None
-        if kind == "input":
+        if kind in ("input", "feed"):
             return tensor.clone() if copy else tensor
         maps = as_maps(layer.slim, tensor)
         at = self._grid(path, maps.shape[2:])
-        maps = at.of(maps)
-        return maps[:, layer.outputs] if of_plain else maps.clone(), at
+        outputs = layer.outputs if of_plain else slice(None)
+        images = math.ceil(self._share / maps.shape[2:].numel()) if layer.branch else 0
+        return _Seen(at.of(maps)[:, outputs].clone(), at, maps[:images, outputs].clone())
 
     def _grid(self, path: str, sizes: Sequence[int]) -> Grid:
         if (path, sizes) not in self._drawn:

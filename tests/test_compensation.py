@@ -358,7 +358,7 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     rows = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
     centred = rows - rows.mean(0)
     level = 0.05 * centred.square().sum(0).mean()
-    left = refit(model, slim, data, ridge=0.05, batch_size=20, progress=False)
+    left = refit(model, slim, data, ridge=0.05, joint=0, batch_size=20, progress=False)
     # The ridge as further samples, which want the old weights.
     system = torch.cat([centred, level.sqrt() * torch.eye(27).double()])
     wanted = torch.cat([target - target.mean(0), level.sqrt() * old.T])
