@@ -31,7 +31,17 @@ MACS_KEPT = 1 - 0.4827
 CRITERIA = ("refit-loss", "ccp", "l1")
 ALLOCATIONS = ("optimal", "uniform")
 # By these a row is known.
-KEY = ("criterion", "allocation", "scope", "seed", "images", "refit images", "layers", "joint", "repair")
+KEY = (
+    "criterion",
+    "allocation",
+    "scope",
+    "seed",
+    "images",
+    "refit images",
+    "layers",
+    "joint",
+    "repair",
+)
 
 
 def main() -> None:
@@ -78,9 +88,7 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
     plan = make_plan(subject.graph, costs, macs=MACS_KEPT, allocation=allocation)
     slim = surgery.prune(copy.deepcopy(subject.model), plan)
     images = subject.draw(seed, -options.refit_images)
-    left = refit(
-        subject.model, slim, images, layers=options.layers, joint=options.joint, seed=seed
-    )
+    left = refit(subject.model, slim, images, layers=options.layers, joint=options.joint, seed=seed)
     for repair in repairs:
         if repair != "refit":
             reestimate_batchnorm(slim, images.batches(250))

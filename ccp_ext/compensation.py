@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ccp_ext.activations import input_tap, read_at
+from ccp_ext.branches import Branch, norm_factor
 from ccp_ext.cutting import CONVOLUTIONS, Cut, fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
-from ccp_ext.gauss_newton import Parameters, Samples, TwoConvolutions, improve, solve_second
 from ccp_ext.graph import Feeder, Tap, addends, feeders
 from ccp_ext.least_squares import Regression
 from ccp_ext.passes import Tapped, Walk, tapped
@@ -205,7 +205,7 @@ def refit(
         ]
         for layer in tqdm(chosen, "refit", disable=not progress, leave=False):
             if layer.branch:
-                _improve(layer, [batch.branch(layer) for batch in batches], ridge, joint)
+                layer.branch.improve([batch.branch(layer) for batch in batches], ridge, joint)
             sums = Regression()
             for batch in batches:
                 for x, target, at in batch.samples(layer):
@@ -236,7 +236,7 @@ class _Layer:
     calls: int = 0
     norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
     addend: Tap | None = None
-    branch: _Branch | None = None
+    branch: Branch | None = None
 
     @property
     def takes_constant(self) -> bool:
@@ -268,98 +268,19 @@ class _Layer:
         Zero where the BatchNorm's factor is: nothing that the layer does changes that channel.
         """
         for plain, _ in self.norms.values():
-            factor = _along_channels(_factor(plain)[self.outputs], addend)
+            factor = norm_factor(plain)[self.outputs].view(-1, *[1] * (addend.dim() - 2))
             addend = torch.where(factor == 0, 0.0, addend / factor)
         return addend
 
 
-@dataclasses.dataclass
-class _Branch:
-    """A convolution of the slim model and the one that feeds it.
-
-    The parameters of the two are with the BatchNorm between them and the factor of the one behind
-    them in the weights, so that errors have the unit in which the branch's output is added.
-
-    Attributes:
-        path: of the first.
-        norm: behind the first; None if there is none.
-        factor: of the BatchNorm behind the second ``[O]``.
-    """
-
-    path: str
-    layers: TwoConvolutions
-    norm: _BatchNorm | None
-    factor: Tensor
-
-    def get(self) -> Parameters:
-        first, second = self.layers.first, self.layers.second
-        scale, shift = self._folded()
-        constant = torch.zeros_like(self.factor)
-        return (
-            first.weight.detach() * _along_rows(scale, first.weight),
-            shift,
-            second.weight.detach() * _along_rows(self.factor, second.weight),
-            constant,
-        )
-
-    def put(self, parameters: Parameters) -> None:
-        """The last constant is not needed: the second layer is solved anew."""
-        weight, shift, out, _ = parameters
-        scale, old_shift = self._folded()
-        for layer, wanted, by in (
-            (self.layers.first, weight, scale),
-            (self.layers.second, out, self.factor),
-        ):
-            by = _along_rows(by, wanted)
-            layer.weight.data.copy_(torch.where(by == 0, layer.weight, wanted / by))
-        bias = self.layers.first.bias if self.norm is None else self.norm.bias
-        bias.data.add_(shift - old_shift)
-
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """What the BatchNorm multiplies the first convolution's rows by, and the constant [H]."""
-        first, norm = self.layers.first, self.norm
-        bias = 0.0 if first.bias is None else first.bias.detach()
-        if norm is None:
-            return torch.ones_like(bias), bias.clone()
-        scale = _factor(norm)
-        return scale, norm.bias.detach() + scale * (bias - norm.running_mean)
-
-
-def _factor(norm: _BatchNorm) -> Tensor:
-    """What the BatchNorm multiplies each channel by ``[C]``."""
-    factor = (norm.running_var + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight.detach()
-
-
-def _along_channels(values: Tensor, maps: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (maps.dim() - 2))
-
-
-def _along_rows(values: Tensor, weight: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (weight.dim() - 1))
-
-
-def _branch(slim: nn.Module, layer: _Layer, feeder: Feeder | None) -> _Branch | None:
-    """None if the layer was not cut or a layer has no place for a constant."""
+def _branch(slim: nn.Module, layer: _Layer, feeder: Feeder | None) -> Branch | None:
+    """None if the layer was not cut or has no place for a constant."""
     if feeder is None or not layer.cut or not layer.takes_constant:
         return None
-    first = slim.get_submodule(feeder.path)
-    norm = None if feeder.norm is None else slim.get_submodule(feeder.norm)
-    if first.groups != 1 or (first if norm is None else norm).bias is None:
-        return None
-    factor = torch.ones_like(layer.slim.weight[:, 0].flatten(1)[:, 0])
+    factor = torch.ones_like(layer.outputs, dtype=layer.slim.weight.dtype)
     for plain, _ in layer.norms.values():
-        factor = _factor(plain)[layer.outputs]
-    return _Branch(feeder.path, TwoConvolutions(first, layer.slim), norm, factor)
-
-
-def _improve(layer: _Layer, samples: Samples, ridge: float, iterations: int) -> None:
-    """Let the branch of the layer take a Gauss-Newton step from its least-squares solution."""
-    branch = layer.branch
-    factor = _along_channels(branch.factor, samples[0][1])
-    samples = [(x, target * factor) for x, target in samples]
-    start = solve_second(branch.layers, branch.get(), samples, ridge)
-    branch.put(improve(branch.layers, start, samples, iterations))
+        factor = norm_factor(plain)[layer.outputs]
+    return Branch.of(slim, feeder, layer.slim, factor)
 
 
 def _layers(model: nn.Module, slim: nn.Module, images: ImageSet) -> list[_Layer]:
