@@ -38,7 +38,7 @@ def test_a_step_toward_another_network_writes_what_it_found(norm, bias):
     with torch.no_grad():
         teacher = network(bias=bias)
         for p in teacher.parameters():
-            p.add_(0.02 * torch.randn(p.shape, dtype=torch.float64))
+            p.add_(0.002 * torch.randn(p.shape, dtype=torch.float64))
         wanted = run(teacher, x, norm) + 5.0  # a constant is not the branch's affair
         scale = norm_factor(model["behind"]).view(-1, 1, 1)
 
