@@ -31,7 +31,17 @@ MACS_KEPT = 1 - 0.4827
 CRITERIA = ("refit-loss", "ccp", "l1")
 ALLOCATIONS = ("optimal", "uniform")
 # By these a row is known.
-KEY = ("criterion", "allocation", "scope", "seed", "images", "refit images", "layers", "repair")
+KEY = (
+    "criterion",
+    "allocation",
+    "scope",
+    "seed",
+    "images",
+    "refit images",
+    "layers",
+    "joint",
+    "repair",
+)
 
 
 def main() -> None:
@@ -42,6 +52,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_500, help="for the statistics")
     parser.add_argument("--refit-images", type=int, default=5_000)
     parser.add_argument("--layers", default="cut+classifier", choices=LAYERS)
+    parser.add_argument("--joint", type=int, default=4, help="iterations of the Gauss-Newton steps")
     parser.add_argument("--scope", default="inner", choices=SCOPES)
     parser.add_argument("--no-reestimation", action="store_true", help="skip the second repair")
     options = parser.parse_args()
@@ -67,6 +78,7 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
         "images": options.images,
         "refit images": options.refit_images,
         "layers": options.layers,
+        "joint": options.joint,
     }
     repairs = ["refit"] if options.no_reestimation else ["refit", "refit, BatchNorm re-estimated"]
     if all(rows.has({**key, "repair": repair}) for repair in repairs):
@@ -76,7 +88,7 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
     plan = make_plan(subject.graph, costs, macs=MACS_KEPT, allocation=allocation)
     slim = surgery.prune(copy.deepcopy(subject.model), plan)
     images = subject.draw(seed, -options.refit_images)
-    left = refit(subject.model, slim, images, layers=options.layers, seed=seed)
+    left = refit(subject.model, slim, images, layers=options.layers, joint=options.joint, seed=seed)
     for repair in repairs:
         if repair != "refit":
             reestimate_batchnorm(slim, images.batches(250))

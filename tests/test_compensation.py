@@ -358,7 +358,7 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     rows = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
     centred = rows - rows.mean(0)
     level = 0.05 * centred.square().sum(0).mean()
-    left = refit(model, slim, data, ridge=0.05, batch_size=20, progress=False)
+    left = refit(model, slim, data, ridge=0.05, joint=0, batch_size=20, progress=False)
     # The ridge as further samples, which want the old weights.
     system = torch.cat([centred, level.sqrt() * torch.eye(27).double()])
     wanted = torch.cat([target - target.mean(0), level.sqrt() * old.T])
@@ -484,7 +484,49 @@ def test_a_refit_runs_the_models_over_each_image_once():
     for name, network in (("plain", model), ("slim", slim)):
         network[0].register_forward_hook(partial(count, name))
     refit(model, slim, data, residual=False, batch_size=20, progress=False)
-    assert seen == {"plain": 48, "slim": 48 + 1}  # one image shows the order of the layers
+    # One image shows the order of the slim model's layers, and what feeds what in the plain one.
+    assert seen == {"plain": 48 + 1, "slim": 48 + 1}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_moving_the_layer_before_too_comes_nearer(norm):
+    model, data = convolutions(bias=True, norm=norm), image_set(100)
+    distances = []
+    for joint in (0, 1, 8):
+        slim = pruned(model, {"0": [0, 2, 3]})
+        before = state(slim[0])
+        refit(model, slim, data, layers="cut", joint=joint, batch_size=30, progress=False)
+        assert torch.equal(slim[0].weight, before["weight"]) == (joint == 0)
+        assert torch.equal(slim[0].bias, before["bias"]) == (joint == 0)
+        distances.append(distance(model[:3], slim[:3], data))
+    assert distances[2] < distances[1] < distances[0]
+    assert distances[2] < 0.95 * distances[0]
+
+
+def test_both_convolutions_of_residual_branches_move():
+    model, data = lively(ccp_ext.models.create("resnet8")).eval(), image_set(64, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
+    plan = random_plan(graph.select_groups("inner"))
+    distances = []
+    for joint in (0, 4):
+        slim = ccp_ext.prune(copy.deepcopy(model), plan)
+        first, shift = slim.layer2[0].conv1.weight.clone(), slim.layer2[0].bn1.bias.clone()
+        refit(model, slim, data, joint=joint, batch_size=30, progress=False)
+        assert torch.equal(slim.layer2[0].conv1.weight, first) == (joint == 0)
+        assert torch.equal(slim.layer2[0].bn1.bias, shift) == (joint == 0)
+        distances.append(distance(model, slim, data))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_channel_that_its_batchnorm_silences_stays_as_it_is():
+    model, data = lively(ccp_ext.models.create("resnet8")).eval(), image_set(16, 16)
+    graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16))
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph.select_groups("inner")))
+    slim.layer1[0].bn1.weight.data[0] = 0
+    first = slim.layer1[0].conv1.weight[0].clone()
+    refit(model, slim, data, progress=False)
+    assert torch.equal(slim.layer1[0].conv1.weight[0], first)
+    assert all(torch.isfinite(p).all() for p in slim.parameters())
 
 
 class SumOfMean(Sum):
@@ -612,5 +654,7 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
         refit(model, slim, data, ridge=-1)
     with pytest.raises(InputError, match="positions must be 1 or more, or None, got 0"):
         refit(model, slim, data, positions=0)
+    with pytest.raises(InputError, match="joint must be a number of iterations, 0 or more, got -1"):
+        refit(model, slim, data, joint=-1)
     with pytest.raises(InputError, match="layers must be one of cut, .*; got 'some'"):
         refit(model, slim, data, layers="some")

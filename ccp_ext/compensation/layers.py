@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ccp_ext.activations import read_at
+from ccp_ext.compensation.branches import Branch, norm_factor
 from ccp_ext.cutting import CONVOLUTIONS, Cut, fingerprint
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
@@ -29,7 +30,8 @@ class Layer:
         norms: by path the BatchNorm layers, in both models, that read the output.
         addend: where to read what the output is added to.
         block: path of a module around the layer and its addend, which takes one tensor, if the
-            layer runs before its addend is there.
+            layer, or its branch, runs before its addend is there.
+        branch: it and the convolution that feeds it, if both take a step together.
         calls: in one forward pass.
     """
 
@@ -43,6 +45,7 @@ class Layer:
     norms: dict[str, tuple[_BatchNorm, _BatchNorm]] = dataclasses.field(default_factory=dict)
     addend: Tap | None = None
     block: str | None = None
+    branch: Branch | None = None
 
     @property
     def takes_constant(self) -> bool:
@@ -74,10 +77,7 @@ class Layer:
         Zero where the BatchNorm's factor is: nothing that the layer does changes that channel.
         """
         for plain, _ in self.norms.values():
-            factor = (plain.running_var + plain.eps).rsqrt()
-            if plain.weight is not None:
-                factor = factor * plain.weight.detach()
-            factor = factor[self.outputs].view(-1, *[1] * (addend.dim() - 2))
+            factor = norm_factor(plain)[self.outputs].view(-1, *[1] * (addend.dim() - 2))
             addend = torch.where(factor == 0, 0.0, addend / factor)
         return addend
 

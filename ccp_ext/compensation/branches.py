@@ -1,0 +1,108 @@
+"""The convolutions of a pruned branch as one function, and steps that move both of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ccp_ext.compensation.gauss_newton import (
+    Parameters,
+    Samples,
+    TwoConvolutions,
+    improve,
+    solve_second,
+)
+from ccp_ext.graph import Feeder
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A convolution of the slim model and the one that feeds it.
+
+    The parameters of the two are with the BatchNorm between them and the factor of the one behind
+    them in the weights, so that errors have the unit in which the branch's output is added.
+
+    Attributes:
+        path: of the first.
+        norm: behind the first; None if there is none.
+        factor: of the BatchNorm behind the second ``[O]``.
+    """
+
+    path: str
+    layers: TwoConvolutions
+    norm: _BatchNorm | None
+    factor: Tensor
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, feeder: Feeder, second: nn.Module, factor: Tensor
+    ) -> Branch | None:
+        """None if the first convolution is grouped, has no place for a constant, or if the
+        BatchNorm behind it has no statistics of its own.
+        """
+        first = model.get_submodule(feeder.path)
+        norm = None if feeder.norm is None else model.get_submodule(feeder.norm)
+        if first.groups != 1 or (first if norm is None else norm).bias is None:
+            return None
+        if norm is not None and norm.running_mean is None:
+            return None
+        return cls(feeder.path, TwoConvolutions(first, second), norm, factor)
+
+    def improve(self, samples: Samples, ridge: float, iterations: int) -> None:
+        """Take a Gauss-Newton step from where the second convolution is solved by least squares.
+
+        Args:
+            samples: inputs of the first convolution, and what the second should give but for a
+                constant; :func:`ccp_ext.gauss_newton.improve` has the shapes.
+            ridge: of the least squares.
+            iterations: of the conjugate gradients.
+        """
+        wanted = [(x, y * self.factor.view(-1, *[1] * (y.dim() - 2))) for x, y in samples]
+        start = solve_second(self.layers, self._get(), wanted, ridge)
+        self._put(improve(self.layers, start, wanted, iterations))
+
+    def _get(self) -> Parameters:
+        first, second = self.layers.first, self.layers.second
+        scale, shift = self._folded()
+        constant = torch.zeros_like(self.factor)
+        return (
+            first.weight.detach() * _along_rows(scale, first.weight),
+            shift,
+            second.weight.detach() * _along_rows(self.factor, second.weight),
+            constant,
+        )
+
+    def _put(self, parameters: Parameters) -> None:
+        """The last constant is not needed: the second layer is solved anew."""
+        weight, shift, out, _ = parameters
+        scale, old_shift = self._folded()
+        for layer, wanted, by in (
+            (self.layers.first, weight, scale),
+            (self.layers.second, out, self.factor),
+        ):
+            by = _along_rows(by, wanted)
+            layer.weight.data.copy_(torch.where(by == 0, layer.weight, wanted / by))
+        bias = self.layers.first.bias if self.norm is None else self.norm.bias
+        bias.data.add_(shift - old_shift)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """What the BatchNorm multiplies the first convolution's rows by, and the constant [H]."""
+        first, norm = self.layers.first, self.norm
+        bias = 0.0 if first.bias is None else first.bias.detach()
+        if norm is None:
+            return torch.ones_like(bias), bias.clone()
+        scale = norm_factor(norm)
+        return scale, norm.bias.detach() + scale * (bias - norm.running_mean)
+
+
+def norm_factor(norm: _BatchNorm) -> Tensor:
+    """What the BatchNorm multiplies each channel by ``[C]``."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.detach()
+
+
+def _along_rows(values: Tensor, weight: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (weight.dim() - 1))

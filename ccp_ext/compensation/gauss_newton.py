@@ -1,0 +1,191 @@
+"""Nonlinear least squares of two convolutions with a ReLU between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+
+from ccp_ext.least_squares import Regression
+from ccp_ext.patches import output_sizes, patch_gram, patch_sum
+
+# Of a Kronecker factor's mean eigenvalue; added to all of them before it is inverted.
+_DAMPING = 1e-3
+# Parts of the Gauss-Newton step that are tried, in this order.
+_STEPS = (1.0, 0.5, 0.25)
+
+# The first convolution's weight and constant, the second's.
+Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
+Samples = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TwoConvolutions:
+    """y = second(relu(first(x))), with weights and constants as parameters.
+
+    Attributes:
+        first, second: convolutions that are not grouped; their geometry counts, not their values.
+    """
+
+    first: nn.Module
+    second: nn.Module
+
+    def hidden(self, parameters: Parameters, x: Tensor) -> Tensor:
+        weight, constant, _, _ = parameters
+        return self.first._conv_forward(x, weight, constant).relu()
+
+    def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
+        _, _, weight, constant = parameters
+        return self.second._conv_forward(self.hidden(parameters, x), weight, constant)
+
+    def loss(self, parameters: Parameters, samples: Samples) -> float:
+        """sum of |y - target|^2 over the samples and positions."""
+        errors = (self(parameters, x) - target for x, target in samples)
+        return sum(error.square().sum(dtype=torch.float64).item() for error in errors)
+
+
+def improve(
+    layers: TwoConvolutions, start: Parameters, samples: Samples, iterations: int
+) -> Parameters:
+    """One Gauss-Newton step toward min sum |y - target|^2, by conjugate gradients.
+
+    The normal equations J'J d = -J'e are solved approximately, so that directions which the
+    samples hardly determine stay as they are; the preconditioner is a Kronecker product for each
+    layer (K-FAC: Martens and Grosse, ICML 2015; Grosse and Martens, ICML 2016, for convolutions),
+    with the derivatives of linearised least squares in place of a loss. Where the whole step would
+    not lower the sum a half or a quarter is taken, or none.
+
+    Args:
+        layers: the network.
+        start: its parameters.
+        samples: inputs ``[N, I, ...]`` and targets ``[N, O, ...]``.
+        iterations: of the conjugate gradients; each costs about six passes over the samples.
+    """
+    precondition = _preconditioner(layers, start, samples)
+
+    def curvature(direction: Parameters) -> Parameters:
+        return _pull_back(layers, start, samples, lambda f, _: jvp(f, (start,), (direction,))[1])
+
+    downhill = _pull_back(layers, start, samples, lambda f, target: target - f(start))
+    step = conjugate_gradients(curvature, downhill, precondition, iterations)
+    before = layers.loss(start, samples)
+    for part in _STEPS:
+        moved = _combine(start, part, step)
+        if layers.loss(moved, samples) < before:
+            return moved
+    return start
+
+
+def conjugate_gradients(
+    matrix: Callable[[Parameters], Parameters],
+    right: Parameters,
+    precondition: Callable[[Parameters], Parameters],
+    iterations: int,
+) -> Parameters:
+    """``matrix^-1 right`` after so many iterations from zero; fewer where nothing is left."""
+    solution = tuple(map(torch.zeros_like, right))
+    residual, direction = right, precondition(right)
+    product = _dot(residual, direction)
+    negligible = torch.finfo(right[0].dtype).eps * product
+    for _ in range(iterations):
+        image = matrix(direction)
+        curvature = _dot(direction, image)
+        if product <= negligible or curvature <= 0:
+            break
+        solution = _combine(solution, product / curvature, direction)
+        residual = _combine(residual, -product / curvature, image)
+        fitted = precondition(residual)
+        product, previous = _dot(residual, fitted), product
+        direction = _combine(fitted, product / previous, direction)
+    return solution
+
+
+def solve_second(
+    layers: TwoConvolutions, parameters: Parameters, samples: Samples, ridge: float
+) -> Parameters:
+    """The second convolution by linear least squares (:class:`Regression`), the first as it is."""
+    sums = Regression()
+    for x, target in samples:
+        sums.add(layers.second, layers.hidden(parameters, x), target)
+    first, shift, weight, constant = parameters
+    solved, constant, _ = sums.solve(weight.flatten(1).double(), ridge, constant=True)
+    return first, shift, solved.view_as(weight).to(weight), constant.to(weight)
+
+
+def _pull_back(
+    layers: TwoConvolutions,
+    parameters: Parameters,
+    samples: Samples,
+    outputs: Callable[[Callable[[Parameters], Tensor], Tensor], Tensor],
+) -> Parameters:
+    """The sum over samples of J'v, with v what ``outputs`` makes of the network and the target."""
+    total = tuple(map(torch.zeros_like, parameters))
+    for x, target in samples:
+
+        def network(p: Parameters, x: Tensor = x) -> Tensor:
+            return layers(p, x)
+
+        _, pull = vjp(network, parameters)
+        total = _combine(total, 1.0, pull(outputs(network, target))[0])
+    return total
+
+
+def _preconditioner(
+    layers: TwoConvolutions, parameters: Parameters, samples: Samples
+) -> Callable[[Parameters], Parameters]:
+    """Inverses of Kronecker products near the two diagonal blocks of J'J.
+
+    The left factor of the first layer assumes that the second one's windows overlap as inside of
+    a map and that the ReLUs do not depend on the inputs' products.
+    """
+    first, second = layers.first, layers.second
+    sums = [0.0, 0.0]
+    active, count = 0.0, 0
+    for x, _ in samples:
+        h = layers.hidden(parameters, x)
+        sums[0] = sums[0] + _gram_with_ones(first, x)
+        sums[1] = sums[1] + _gram_with_ones(second, h)
+        on = (h > 0).transpose(0, 1).flatten(1).to(h)
+        active, count = active + on @ on.T, count + on.shape[1]
+    weight = parameters[2].flatten(2)  # [O, H, places]
+    pulled = torch.einsum("oip,ojp->ij", weight, weight) * active / count
+    lefts = pulled, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    inverses = [
+        (_damped_inverse(left).to(weight), _damped_inverse(right).to(weight))
+        for left, right in zip(lefts, sums, strict=True)
+    ]
+
+    def precondition(p: Parameters) -> Parameters:
+        fitted = []
+        for (left, right), w, constant in zip(inverses, p[::2], p[1::2], strict=True):
+            rows = left @ torch.cat([w.flatten(1), constant.unsqueeze(1)], 1) @ right
+            fitted += [rows[:, :-1].view_as(w), rows[:, -1]]
+        return tuple(fitted)
+
+    return precondition
+
+
+def _gram_with_ones(layer: nn.Module, x: Tensor) -> Tensor:
+    """Second moments ``[F + 1, F + 1]``, summed, of the layer's patches and a one."""
+    total = patch_sum(layer, x)
+    count = total.new_tensor([len(x) * math.prod(output_sizes(layer, x))])
+    gram = torch.cat([patch_gram(layer, x), total.unsqueeze(0)])
+    return torch.cat([gram, torch.cat([total, count]).unsqueeze(1)], 1)
+
+
+def _damped_inverse(matrix: Tensor) -> Tensor:
+    level = _DAMPING * matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    return torch.linalg.inv(matrix.double() + level * eye)
+
+
+def _combine(a: Parameters, factor: float, b: Parameters) -> Parameters:
+    return tuple(x + factor * y for x, y in zip(a, b, strict=True))
+
+
+def _dot(a: Parameters, b: Parameters) -> float:
+    return sum((x * y).sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True))
