@@ -56,7 +56,7 @@ class Branch:
 
         Args:
             samples: inputs of the first convolution, and what the second should give but for a
-                constant; :func:`ccp_ext.gauss_newton.improve` has the shapes.
+                constant; :func:`ccp_ext.compensation.gauss_newton.improve` has the shapes.
             ridge: of the least squares.
             iterations: of the conjugate gradients.
         """

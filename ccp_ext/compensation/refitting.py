@@ -57,8 +57,8 @@ def refit(
     Where a convolution that lost inputs reads relu(BatchNorm(convolution)), what that other one
     computes is no longer the best for the channels that are left: before the layer is solved, both
     take a Gauss-Newton step together toward the layer's targets (see
-    :mod:`ccp_ext.gauss_newton`; the nonlinear reconstruction of Zhang et al., TPAMI 2016, extended
-    to the layer before). No labels and no loss of the network enter.
+    :mod:`ccp_ext.compensation.gauss_newton`; the nonlinear reconstruction of Zhang et al., TPAMI
+    2016, extended to the layer before). No labels and no loss of the network enter.
 
     Both models run over the images once: the passes halt at each layer until it is solved (see
     :mod:`ccp_ext.passes`). So the activations of all images at one depth, of both models, lie in
