@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.evidence import UNPRUNED, Rows, Subject, add_arguments
 from ccp_ext import criteria, surgery
-from ccp_ext.auxiliary import AuxiliaryHeads
+from ccp_ext.auxiliary import AuxiliaryHeads, train_heads
 from ccp_ext.compensation import refit
 from ccp_ext.criteria import gather
 from ccp_ext.finetune import FinetuneConfig, finetune
@@ -31,7 +31,6 @@ from ccp_ext.planning import make_plan
 
 NAME = "finetuning_resnet56"
 KEY = ("criterion", "MACs kept", "allocation", "stage", "epochs", "learning rate", "seed")
-AUXILIARY_HEADS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Arm:
     criterion: str
     macs: float = 1.0
     allocation: str = "uniform"
+
+    @property
+    def auxiliary_heads(self) -> int:
+        return 0 if self.criterion == UNPRUNED else criteria.get(self.criterion).auxiliary_heads
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -56,8 +59,6 @@ ARMS = (
     Arm("ccp-ac", 0.53, "optimal"),
     Arm(UNPRUNED),
     Arm("random", 0.474),
-    Arm("l1", 0.474),
-    Arm("random", 0.53),
 )
 
 
@@ -123,15 +124,17 @@ def _train(model: nn.Module, subject: Subject, options: Any, arm: Arm, seed: int
         amp=True,
         seed=seed,
     )
-    heads = None
-    if arm.criterion == "ccp-ac":
+    heads, count = None, arm.auxiliary_heads
+    if count:
         torch.manual_seed(seed)
         graph = trace(model, subject.train.normalise(subject.train.images[:1]))
-        classes = subject.train.num_classes
-        heads = AuxiliaryHeads.spread(model, graph, classes, count=AUXILIARY_HEADS)
+        heads = AuxiliaryHeads.spread(model, graph, subject.train.num_classes, count=count)
+        train_heads(model, heads, subject.draw(seed, options.images), seed=seed, progress=False)
     folder = Path(options.checkpoints)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{arm.criterion}-{arm.macs}-{options.epochs}-{seed}.pt"
+    checkpoint = (
+        folder / f"{arm.criterion}-{arm.macs}-{options.epochs}-{options.learning_rate}-{seed}.pt"
+    )
     finetune(
         model,
         subject.train,

@@ -23,7 +23,7 @@ from torch import nn
 from ccp_ext import criteria, datasets, files, measure, repair, surgery
 from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.allocation.rounds import Schedule
-from ccp_ext.auxiliary import AuxiliaryHeads
+from ccp_ext.auxiliary import AuxiliaryHeads, train_heads
 from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
@@ -38,6 +38,7 @@ from ccp_ext.statistics import Statistics, collect
 
 BUDGETS = ("macs", "params", "activations", "latency", "ratio")
 LATENCY_FILE, LATENCY_STEP = "latency.json", 8
+HEAD_IMAGES = 5_000  # that auxiliary heads are trained on before they take part in fine-tuning
 COLUMNS = ("stage", "accuracy %", "loss", "MACs", "parameters", "latency ms")
 
 
@@ -189,7 +190,7 @@ def run(
             settings.finetune,
             device=device,
             teacher=rounds.plain if settings.distil else None,
-            auxiliary=auxiliary_heads(model, inputs, heads, settings.seed),
+            auxiliary=auxiliary_heads(model, inputs, heads, settings.seed, progress=progress),
             checkpoint=folder.path / "finetune.pt",
             log=folder.path / "finetune.csv",
             progress=progress,
@@ -207,15 +208,22 @@ def run(
 
 
 def auxiliary_heads(
-    model: nn.Module, inputs: Inputs, count: int, seed: int
+    model: nn.Module, inputs: Inputs, count: int, seed: int, *, progress: bool
 ) -> AuxiliaryHeads | None:
-    """So many heads with random weights for a model of the subject, pruned or not; None for 0."""
+    """So many heads for a model of the subject, pruned or not; None for 0.
+
+    They are trained on the model as it is: the gradients of heads with random weights would undo
+    more of it than a short schedule mends.
+    """
     if not count:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         graph = trace(model, inputs.example)
-        return AuxiliaryHeads.spread(model, graph, inputs.train.num_classes, count=count)
+        heads = AuxiliaryHeads.spread(model, graph, inputs.train.num_classes, count=count)
+    images = sample(inputs.train, HEAD_IMAGES, seed, "auxiliary heads")
+    train_heads(model, heads, images, seed=seed, progress=progress)
+    return heads
 
 
 @dataclass

@@ -129,7 +129,9 @@ class Bench:
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,
-                auxiliary=auxiliary_heads(slim, self.inputs, self._heads(job), job.seed),
+                auxiliary=auxiliary_heads(
+                    slim, self.inputs, self._heads(job), job.seed, progress=self.progress
+                ),
                 checkpoint=self.folder.path / job.checkpoint,
                 progress=self.progress,
             )
