@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_500, help="for the statistics")
     parser.add_argument("--refit-images", type=int, default=5_000)
     parser.add_argument("--layers", default="cut+classifier", choices=LAYERS)
-    parser.add_argument("--joint", type=int, default=4, help="iterations of the Gauss-Newton steps")
+    parser.add_argument("--joint", type=int, default=8, help="iterations of the Gauss-Newton steps")
     parser.add_argument("--scope", default="inner", choices=SCOPES)
     parser.add_argument("--no-reestimation", action="store_true", help="skip the second repair")
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from ccp_ext.patches import POSITIONS, Grid, as_maps
 LAYERS = ("cut", "cut+classifier", "all")
 
 # Output positions that determine a Gauss-Newton step; about so many, of all images together.
-_JOINT_POSITIONS = 1 << 16
+_JOINT_POSITIONS = 1 << 18
 
 
 def refit(
@@ -37,7 +37,7 @@ def refit(
     residual: bool = True,
     ridge: float = 1e-3,
     positions: int | None = POSITIONS,
-    joint: int = 4,
+    joint: int = 8,
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = True,
