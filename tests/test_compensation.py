@@ -12,7 +12,7 @@ from small_networks import lively, random_plan
 from torch import nn
 
 import ccp_ext
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit, refitting
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.plan import PruningPlan
@@ -484,8 +484,8 @@ def test_a_refit_runs_the_models_over_each_image_once():
     for name, network in (("plain", model), ("slim", slim)):
         network[0].register_forward_hook(partial(count, name))
     refit(model, slim, data, residual=False, batch_size=20, progress=False)
-    # One image shows the order of the slim model's layers, and what feeds what in the plain one.
-    assert seen == {"plain": 48 + 1, "slim": 48 + 1}
+    # One image shows what feeds what in the plain model, two the order of the slim one's layers.
+    assert seen == {"plain": 48 + 1, "slim": 48 + 2}
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -658,3 +658,42 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
         refit(model, slim, data, joint=-1)
     with pytest.raises(InputError, match="layers must be one of cut, .*; got 'some'"):
         refit(model, slim, data, layers="some")
+
+
+class Interleaved(nn.Module):
+    """Two branches whose first convolutions both run before their second ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.a1, self.a2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x):
+        p, q = self.a1(x).relu(), self.b1(x).relu()
+        return self.last(torch.cat([self.a2(p), self.b2(q)], 1).relu().mean((2, 3)))
+
+
+def test_every_layer_is_fitted_to_the_inputs_that_it_has_in_the_end(monkeypatch):
+    torch.manual_seed(0)
+    model, data = Interleaved().eval(), image_set(40)
+    slim = pruned(model, {"a1": [0, 2, 3, 5], "b1": [1, 2, 6, 7]})
+    first = slim.a1.weight.clone()
+    fitted, seen = {}, {}
+    original = refitting._Batch.samples
+
+    def recorded(batch, layer):
+        for x, target, at in original(batch, layer):
+            fitted.setdefault(layer.path, []).append(x.clone())
+            yield x, target, at
+
+    monkeypatch.setattr(refitting._Batch, "samples", recorded)
+    refit(model, slim, data, batch_size=20, progress=False)
+    for path in fitted:
+        layer = slim.get_submodule(path)
+        layer.register_forward_pre_hook(lambda _, x, path=path: seen.update({path: x[0]}))
+    with torch.no_grad():
+        slim(data.normalise(data.images))
+    assert set(fitted) == {"a2", "b2", "last"} and not torch.equal(slim.a1.weight, first)
+    for path, inputs in fitted.items():
+        torch.testing.assert_close(torch.cat(inputs), seen[path])

@@ -149,10 +149,10 @@ def _preconditioner(
         h = layers.hidden(parameters, x)
         sums[0] = sums[0] + _gram_with_ones(first, x)
         sums[1] = sums[1] + _gram_with_ones(second, h)
-        on = (h > 0).transpose(0, 1).flatten(1).to(h)
+        on = (h > 0).transpose(0, 1).flatten(1).float()  # float16 cannot count them
         active, count = active + on @ on.T, count + on.shape[1]
     weight = parameters[2].flatten(2)  # [O, H, places]
-    pulled = torch.einsum("oip,ojp->ij", weight, weight) * active / count
+    pulled = torch.einsum("oip,ojp->ij", weight, weight) * (active / count).to(weight)
     lefts = pulled, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     inverses = [
         (_damped_inverse(left).to(weight), _damped_inverse(right).to(weight))

@@ -102,6 +102,8 @@ def refit(
         found = feeders(model, as_input(model, example))
         for layer in chosen:
             layer.branch = _branch(slim, layer, found.get(layer.path))
+    if any(layer.branch for layer in chosen):
+        _drop_crossed_branches(slim, chosen, as_input(slim, example))
     if residual and chosen:
         others = addends(model, as_input(model, example))
         for layer in chosen:
@@ -145,6 +147,24 @@ def _branch(slim: nn.Module, layer: Layer, feeder: Feeder | None) -> Branch | No
     for plain, _ in layer.norms.values():
         factor = norm_factor(plain)[layer.outputs]
     return Branch.of(slim, feeder, layer.slim, factor)
+
+
+def _drop_crossed_branches(slim: nn.Module, layers: list[Layer], x: Tensor) -> None:
+    """Leave out branches inside of which another layer of these runs, by a pass on x.
+
+    For that one's sake the pass has gone beyond the branch's first convolution before its turn.
+    """
+    order: list[tuple[str, str]] = []
+    taps = {("feed", layer.path): _entry(layer) for layer in layers if layer.branch}
+    taps |= {("input", layer.path): input_tap(layer.slim, layer.path) for layer in layers}
+    with evaluating(slim), tapped(slim, taps) as model:
+        model.receive = lambda key, _: order.append(key)
+        slim(x)
+    for layer in layers:
+        if layer.branch:
+            within = order[order.index(("feed", layer.path)) : order.index(("input", layer.path))]
+            if any(kind == "input" for kind, _ in within):
+                layer.branch = None
 
 
 def _find_blocks(slim: nn.Module, layers: list[Layer], x: Tensor) -> None:

@@ -304,7 +304,9 @@ def _certified(
         return found
     bound = found.lower_bound
     free = found.state == FREE
-    if task.weights is None and task.limits.nodes > 0:
+    # The bound below is of masks that agree with the best one where the state is decided.
+    agree = np.array_equal(found.mask[~free] != 0, found.state[~free] == 1)
+    if task.weights is None and task.limits.nodes > 0 and agree:
         cutoff = _solver.objective(convex.quadratic, convex.linear, found.mask)
         cutoff -= max(gap, found.tolerance)
         semidefinite = semidefinite_bound(

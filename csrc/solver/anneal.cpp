@@ -39,9 +39,10 @@ class Annealing {
     for (std::int64_t k = 0; k < proposals; ++k) {
       if (k % kStage == 0) {
         if (expired()) break;
-        // What is too long for the time cools faster.
-        const double done = std::max(static_cast<double>(k) / proposals,
-                                     (Clock::now() - begin) / Seconds(deadline - begin));
+        // What is too long for the time cools faster; a deadline out of reach changes nothing.
+        const double spent = (Clock::now() - begin) / Seconds(deadline - begin);
+        const double done =
+            std::max(static_cast<double>(k) / proposals, spent > kNoticed ? spent : 0);
         temperature = hottest * std::pow(cooling, done);
       }
       const Index in = generator_.index(others_.size());
@@ -96,8 +97,9 @@ class Annealing {
   static constexpr double kHotter = 0.05;  // times the cube root of the length
   static constexpr double kHottest = 0.2;
   static constexpr double kColdest = 0.0075;
-  static constexpr double kShort = 2000;  // proposals a channel
-  static constexpr double kNever = 30;    // exp(-30) is less than one in 10^13
+  static constexpr double kShort = 2000;    // proposals a channel
+  static constexpr double kNoticed = 1e-6;  // of the time
+  static constexpr double kNever = 30;      // exp(-30) is less than one in 10^13
 
   const Problem& problem_;
   Mask mask_;
