@@ -95,7 +95,7 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
         figures = {
             **subject.accuracies(slim),
             "MACs kept": plan.forecast["macs_after"] / plan.forecast["macs_before"],
-            "unexplained, mean": mean(left.values()),
+            "unexplained, mean": mean(left.unexplained.values()),
             "seconds": time.monotonic() - start,
             "kept": {name: len(choice.kept) for name, choice in plan.groups.items()},
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ccp_ext.patches import Grid, at_least_float32, patch_cross, patch_gram, patch_sum
+from ccp_ext.patches import Grid, as_maps, at_least_float32, patch_cross, patch_gram, patch_sum
 
 
 class Regression:
@@ -60,6 +60,33 @@ class Regression:
         share = (left / yy.sum()).item() if yy.sum() > 0 else 0.0
         b = (self.y - weight @ self.x) / self.count if constant else torch.zeros_like(self.y)
         return weight, b, max(0.0, share)
+
+
+class ConstantError:
+    """Sums, in float64, over samples and positions: outputs y wanted of a layer, and what lacks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.y = self.yy = self.error = self.squares = 0.0  # [O] each
+
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, at: Grid) -> None:
+        """Add the samples of a batch; as for :class:`Regression`."""
+        error = y - at.of(as_maps(layer, layer(x)))
+        self.count += len(y) * y.shape[2:].numel()
+        for values, first, second in ((y, "y", "yy"), (error, "error", "squares")):
+            values = values.transpose(0, 1).flatten(1).double()
+            setattr(self, first, getattr(self, first) + values.sum(1))
+            setattr(self, second, getattr(self, second) + values.square().sum(1))
+
+    def solve(self, constant: bool) -> tuple[Tensor, float]:
+        """What to add to the layer's output, ``[O]``, zero without a constant; and the share of
+        y's variance that is then not explained.
+        """
+        yy, squares = self.yy, self.squares
+        b = self.error / self.count if constant else torch.zeros_like(self.error)
+        if constant:
+            yy, squares = yy - self.y.square() / self.count, squares - b.square() * self.count
+        return b, (squares.sum() / yy.sum()).item() if yy.sum() > 0 else 0.0
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from ccp_ext.activations import read_at
 from ccp_ext.graph import Tap
 
 Receive = Callable[[Any, Tensor], None]
+Keep = Callable[[Any, Tensor], Any]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Halting:
@@ -112,6 +114,7 @@ class Walk:
         x: the input.
         keep: of a key and the tensor there, what to keep; None to go on.
         module: the part of the model to run on x; all of it by default.
+        within: context of the pass, in its own thread.
 
     Attributes:
         seen: what was kept, by key, in order. The owner may remove entries.
@@ -121,14 +124,20 @@ class Walk:
         self,
         model: Tapped,
         x: Tensor,
-        keep: Callable[[Any, Tensor], Any],
+        keep: Keep,
         module: nn.Module | None = None,
+        within: Context = contextlib.nullcontext,
     ) -> None:
         self.seen: dict[Any, list[Any]] = {}
         self._model, self._keep = model, keep
         self._awaited: tuple[Any, int] | None = None
         run = model.model if module is None else module
-        self._pass = Halting(lambda: run(x))
+
+        def work() -> None:
+            with within():
+                run(x)
+
+        self._pass = Halting(work)
 
     def until(self, key: Any, count: int = 1) -> None:
         """Go on until so many tensors of the key were seen.

@@ -12,9 +12,13 @@ from small_networks import lively, random_plan
 from torch import nn
 
 import ccp_ext
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit, refitting
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation.batches import Batch, two_models
+from ccp_ext.compensation.holding import Ledger, bytes_of_one
+from ccp_ext.compensation.layers import find_layers
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
+from ccp_ext.patches import Grid
 from ccp_ext.plan import PruningPlan
 
 
@@ -343,7 +347,9 @@ def test_a_refit_replaces_dependent_channels_exactly(behind, ridge):
     if behind["norm"]:
         slim[3].running_var *= 1.3  # as a re-estimation would; the targets are the plain model's
     assert distance(model, slim, data) > 1e-2
-    left = refit(model, slim, data, layers="cut", ridge=ridge, batch_size=20, progress=False)
+    left = refit(
+        model, slim, data, layers="cut", ridge=ridge, batch_size=20, progress=False
+    ).unexplained
     assert list(left) == ["2"] and left["2"] < 1e-12
     assert distance(model, slim, data) < 1e-6
 
@@ -358,7 +364,7 @@ def test_a_refit_solves_the_ridge_regression_on_the_slim_inputs():
     rows = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
     centred = rows - rows.mean(0)
     level = 0.05 * centred.square().sum(0).mean()
-    left = refit(model, slim, data, ridge=0.05, joint=0, batch_size=20, progress=False)
+    left = refit(model, slim, data, ridge=0.05, joint=0, batch_size=20, progress=False).unexplained
     # The ridge as further samples, which want the old weights.
     system = torch.cat([centred, level.sqrt() * torch.eye(27).double()])
     wanted = torch.cat([target - target.mean(0), level.sqrt() * old.T])
@@ -380,7 +386,7 @@ def test_a_refit_goes_through_a_residual_network_in_order():
     folded = copy.deepcopy(slim)
     before = distance(model, slim, data)
     assert fold_means(model, folded, data, progress=False) == 7
-    left = refit(model, slim, data, progress=False)
+    left = refit(model, slim, data, progress=False).unexplained
     assert list(left) == [f"layer{k}.0.conv{i}" for k in (1, 2, 3) for i in (1, 2)] + ["linear"]
     assert all(0 <= share < 1 for share in left.values())
     assert distance(model, slim, data) < distance(model, folded, data) < before
@@ -410,7 +416,7 @@ def test_a_residual_refit_makes_up_for_the_error_of_what_is_added():
     slim, blind = pruned(model, plan), pruned(model, plan)
     refit(model, blind, data, residual=False, ridge=0.0, batch_size=20, progress=False)
     assert distance(model, blind, data) > 0.05
-    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False)
+    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False).unexplained
     assert left["u"] > 0.01 and left["v"] < 1e-12
     assert distance(model, slim, data) < 1e-6
 
@@ -435,7 +441,7 @@ def test_a_residual_refit_of_coupled_channels_compares_those_that_stay():
     slim = pruned(model, {"stem": [0, 2, 5], "a": [1, 2, 3, 4, 6]})
     refit(model, slim, data, layers="cut", ridge=0.0, progress=False)
     slim.stem.weight.data += 0.1  # an error in the shortcut, which b can take back
-    left = refit(model, slim, data, layers="cut", ridge=0.0, progress=False)
+    left = refit(model, slim, data, layers="cut", ridge=0.0, progress=False).unexplained
     assert left["b"] < 1e-12
     with torch.no_grad():
         x = data.normalise(data.images).double()
@@ -449,8 +455,8 @@ def test_the_classifier_is_refitted_on_the_plain_models_logits():
     graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16)).inner
     slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph))
     cut = copy.deepcopy(slim)
-    assert "linear" not in refit(model, cut, data, layers="cut", progress=False)
-    left = refit(model, slim, data, progress=False)
+    assert "linear" not in refit(model, cut, data, layers="cut", progress=False).unexplained
+    left = refit(model, slim, data, progress=False).unexplained
     assert list(left)[-1] == "linear"
     seen = []
     hook = slim.linear.register_forward_pre_hook(lambda layer, args: seen.append(args[0].double()))
@@ -469,7 +475,7 @@ def test_all_layers_from_the_first_cut_on_can_be_refitted():
     graph = ccp_ext.trace(model, torch.zeros(1, 3, 16, 16)).inner
     plan = random_plan(graph.select_groups(["layer2.0.conv1"]))
     slim = ccp_ext.prune(copy.deepcopy(model), plan)
-    left = refit(model, slim, data, layers="all", progress=False)
+    left = refit(model, slim, data, layers="all", progress=False).unexplained
     assert list(left) == ["layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2", "linear"]
 
 
@@ -484,8 +490,9 @@ def test_a_refit_runs_the_models_over_each_image_once():
     for name, network in (("plain", model), ("slim", slim)):
         network[0].register_forward_hook(partial(count, name))
     refit(model, slim, data, residual=False, batch_size=20, progress=False)
-    # One image shows what feeds what in the plain model, two the order of the slim one's layers.
-    assert seen == {"plain": 48 + 1, "slim": 48 + 2}
+    # One image shows what feeds what in the plain model, two the order of the slim one's layers,
+    # and one of both what an image takes in memory.
+    assert seen == {"plain": 48 + 2, "slim": 48 + 3}
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -560,11 +567,91 @@ def test_what_is_added_after_a_layer_has_run_takes_one_more_pass_through_their_b
 
     for name in seen:
         slim.get_submodule(name).register_forward_hook(partial(count, name))
-    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False)
-    # Two single images show the order of the layers, and which are late.
-    assert seen == {"stem": 2 + stem_runs * 48, "block.p": 2 + 2 * 48}
+    left = refit(model, slim, data, ridge=0.0, batch_size=20, progress=False).unexplained
+    # Two single images show the order of the layers and which are late; one goes ahead of all.
+    assert seen == {"stem": 2 + stem_runs * (1 + 48), "block.p": 2 + 2 * (1 + 48)}
     assert left["block.u"] > 0.01 and left["block.v"] < 1e-12
     assert distance(model, slim, data) < 1e-6
+
+
+class Narrowing(nn.Module):
+    """Maps of 8 x 8, then of 4 x 4 and 2 x 2, behind layers that are cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.second(self.first(x).tanh()).tanh()
+        return self.last(self.third(x).tanh().mean((2, 3)))
+
+
+NARROWING = {"first": [0, 2, 3, 8, 9, 12], "second": [1, 2, 5, 6, 10, 15]}
+
+
+def test_with_less_memory_a_layer_has_fewer_images_and_the_narrow_ones_more():
+    torch.manual_seed(0)
+    model, data = Narrowing().double().eval(), image_set(200)
+    whole, slim = pruned(model, NARROWING), pruned(model, NARROWING)
+    everything = refit(model, whole, data, batch_size=8, progress=False)
+    assert set(everything.images.values()) == {200}
+    assert str(everything) == "all 200 images for every layer"
+    found = refit(model, slim, data, batch_size=8, memory=0.0015, progress=False)
+    used = list(found.images.values())
+    assert used[0] < used[1] < used[2] == 200 and used[0] % 8 == used[1] % 8 == 0
+    expected = f"{used[0]} to 200 of 200 images for a layer, as fit into 0.0015 GiB"
+    assert str(found) == expected
+    # Those that join later are at the depth of the others: the last layer is fitted to them all.
+    x = data.normalise(data.images).double()
+    with torch.no_grad():
+        features = slim.third(slim.second(slim.first(x).tanh()).tanh()).tanh().mean((2, 3))
+        system = torch.cat([features, torch.ones(200, 1)], 1)
+        target = model(x)
+        best = (target - system @ torch.linalg.lstsq(system, target).solution).norm()
+        assert (slim(x) - target).norm() < 1.01 * best
+
+
+def test_waiting_images_take_the_memory_that_was_foreseen():
+    torch.manual_seed(0)
+    model, data = Narrowing().double().eval(), image_set(64)
+    slim = pruned(model, NARROWING)
+    layers = find_layers(model, slim, data)[1:]
+    positions = dict.fromkeys((layer.path for layer in layers), 1)
+    with two_models(model, slim, layers) as models:
+        one, _ = bytes_of_one(models, layers, data, None)
+        ledger = Ledger()
+        draw = partial(Grid.draw, count=None, generator=torch.Generator())
+        with ledger.keep():
+            x = data.normalise(data.images)
+            many = Batch(*models, layers, x, draw, positions, within=ledger.keep)
+            for layer in layers:
+                (held,) = [ledger.now for _ in many.samples(layer)]
+                assert held == 64 * one[layer.path]
+            many.close()
+            del many, x
+    assert ledger.now == 0 < ledger.most
+
+
+def test_a_layer_too_wide_to_be_solved_gets_a_constant():
+    torch.manual_seed(0)
+    model, data = Narrowing().double().eval(), image_set(64)
+    slim = pruned(model, NARROWING)
+    before = state(slim)
+    # 54 x 54 values of 40 bytes are more than half of it, 16 x 16 are not.
+    found = refit(model, slim, data, memory=2e-4, batch_size=1, progress=False)
+    changed = {path for path, value in slim.state_dict().items() if (value != before[path]).any()}
+    assert changed == {"second.bias", "third.bias", "last.weight", "last.bias"}
+    fitted = data.subset(range(found.images["third"]))
+    x = data.normalise(fitted.images).double()
+    with torch.no_grad():
+        wanted, got = (m.third(m.second(m.first(x).tanh()).tanh()) for m in (model, slim))
+        error = (wanted - got).transpose(0, 1).flatten(1)
+        left = error.var(1).sum() / wanted.transpose(0, 1).flatten(1).var(1).sum()
+    assert error.mean(1).abs().max() < 1e-12
+    assert found.unexplained["third"] == pytest.approx(float(left))
 
 
 def test_positions_are_drawn_by_the_seed_and_nearly_enough():
@@ -656,6 +743,10 @@ def test_compensation_wants_the_model_and_its_pruned_copy(repair):
         refit(model, slim, data, positions=0)
     with pytest.raises(InputError, match="joint must be a number of iterations, 0 or more, got -1"):
         refit(model, slim, data, joint=-1)
+    with pytest.raises(InputError, match="memory must be a positive number of GiB, got 0"):
+        refit(model, slim, data, memory=0)
+    with pytest.raises(InputError, match=r"memory must be at least .* GiB for images of .*, got"):
+        refit(model, slim, data, memory=1e-6)
     with pytest.raises(InputError, match="layers must be one of cut, .*; got 'some'"):
         refit(model, slim, data, layers="some")
 
@@ -680,14 +771,15 @@ def test_every_layer_is_fitted_to_the_inputs_that_it_has_in_the_end(monkeypatch)
     slim = pruned(model, {"a1": [0, 2, 3, 5], "b1": [1, 2, 6, 7]})
     first = slim.a1.weight.clone()
     fitted, seen = {}, {}
-    original = refitting._Batch.samples
+    original = Batch.samples
 
     def recorded(batch, layer):
         for x, target, at in original(batch, layer):
-            fitted.setdefault(layer.path, []).append(x.clone())
+            if len(x) > 1:  # not of the one image that shows what fits into memory
+                fitted.setdefault(layer.path, []).append(x.clone())
             yield x, target, at
 
-    monkeypatch.setattr(refitting._Batch, "samples", recorded)
+    monkeypatch.setattr(Batch, "samples", recorded)
     refit(model, slim, data, batch_size=20, progress=False)
     for path in fitted:
         layer = slim.get_submodule(path)

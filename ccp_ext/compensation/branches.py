@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ccp_ext.compensation.gauss_newton import (
     Parameters,
-    Samples,
     TwoConvolutions,
     improve,
     solve_second,
@@ -51,7 +51,14 @@ class Branch:
             return None
         return cls(feeder.path, TwoConvolutions(first, second), norm, factor)
 
-    def improve(self, samples: Samples, ridge: float, iterations: int) -> None:
+    @property
+    def features(self) -> int:
+        """Values that a position of the first convolution's output reads."""
+        return self.layers.first.weight[0].numel()
+
+    def improve(
+        self, samples: Iterable[tuple[Tensor, Tensor]], ridge: float, iterations: int
+    ) -> None:
         """Take a Gauss-Newton step from where the second convolution is solved by least squares.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ccp_ext.activations import read_at
+from ccp_ext.activations import input_tap, read_at
 from ccp_ext.compensation.branches import Branch, norm_factor
 from ccp_ext.cutting import CONVOLUTIONS, Cut, fingerprint
 from ccp_ext.datasets.image_set import ImageSet
@@ -32,6 +32,7 @@ class Layer:
         block: path of a module around the layer and its addend, which takes one tensor, if the
             layer, or its branch, runs before its addend is there.
         branch: it and the convolution that feeds it, if both take a step together.
+        only_constant: it has too many features to be solved.
         calls: in one forward pass.
     """
 
@@ -46,10 +47,29 @@ class Layer:
     addend: Tap | None = None
     block: str | None = None
     branch: Branch | None = None
+    only_constant: bool = False
 
     @property
     def takes_constant(self) -> bool:
         return self.slim.bias is not None or bool(self.norms)
+
+    @property
+    def entry(self) -> Tap:
+        """Where a pass of the slim model halts first for it: before its branch, or itself."""
+        if self.branch:
+            return Tap(self.branch.path, "input")
+        return input_tap(self.slim, self.path)
+
+    @property
+    def features(self) -> int:
+        """Values that an output position reads: the side of its normal equations."""
+        return self.slim.weight[0].numel()
+
+    @property
+    def widest(self) -> int:
+        """The largest side of all equations that its refit takes."""
+        own = 0 if self.only_constant else self.features
+        return max(own, self.branch.features if self.branch else 0)
 
     def lost(self, x: Tensor) -> Tensor:
         """Of the plain input x, what the removed channels contribute to the outputs that stay."""
