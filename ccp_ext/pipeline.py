@@ -25,6 +25,7 @@ from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.allocation.rounds import Schedule
 from ccp_ext.auxiliary import AuxiliaryHeads, train_heads
 from ccp_ext.checkpoints import load_model, model_factory
+from ccp_ext.compensation import MEMORY
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate, place
@@ -61,6 +62,8 @@ class PruneSettings:
         repair: "none", or steps of :mod:`ccp_ext.repair` joined by "+", taken in every round; a
             refit is always one towards the plain model's outputs.
         repair_images: training images for the repair.
+        repair_memory: GiB for a refit, which takes fewer of the images where they do not fit; see
+            :func:`ccp_ext.refit`.
         finetune: the schedule, or None for no fine-tuning.
         distil: fine-tune with the plain model as teacher.
         auxiliary_heads: classifiers inside the network while it is fine-tuned; None for those of
@@ -85,8 +88,9 @@ class PruneSettings:
     scope: str = "inner"
     images: int = 10_000
     batch_size: int = 128
-    repair: str = "batchnorm"
+    repair: str = "refit"
     repair_images: int = 10_000
+    repair_memory: float = MEMORY
     finetune: FinetuneConfig | None = None
     distil: bool = False
     auxiliary_heads: int | None = None
@@ -115,7 +119,8 @@ class PruneSettings:
         if self.latency_table is not None and self.latency is None:
             raise InputError("latency_table is given, but the budget is not a latency")
         steps = repair.parse(self.repair)
-        if self.rounds > 1 and {"fold", "refit"} <= set(steps):
+        repair.check_memory(self.repair_memory)
+        if self.rounds > 1 and "fold" in steps and repair.REFITS.keys() & set(steps):
             raise InputError("repair: fold after a refit of an earlier round has no meaning")
         if self.finetune is None and (self.distil or self.auxiliary_heads):
             option = "distil" if self.distil else "auxiliary_heads"
@@ -147,7 +152,8 @@ def run(
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
         for each round what the criterion foresaw and what the loss on the images of the statistics
-        became (empty for a criterion without gradient statistics)}.
+        became (empty for a criterion without gradient statistics), "refits": for each the stage
+        and what :class:`ccp_ext.compensation.Refitted` says, such as the images of each layer}.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend; nothing is written
@@ -201,6 +207,7 @@ def run(
         "settings": _plain(settings),
         "stages": recorder.rows,
         "forecast": rounds.forecast,
+        "refits": rounds.refits,
     }
     folder.write("report.json", report)
     folder.remove("stages.json", "forecast.json", "finetune.pt", *rounds.temporary_files())
@@ -233,6 +240,7 @@ class _Rounds:
     Attributes:
         plan: what the rounds so far do to the plain model.
         forecast: a row for each round.
+        refits: a row for each.
     """
 
     settings: PruneSettings
@@ -249,6 +257,7 @@ class _Rounds:
         self.images = sample(
             self.inputs.train, self.settings.images, self.settings.seed, "statistics"
         )
+        self.refits: list[dict[str, Any]] = []
         self.plain = copy.deepcopy(self.inputs.model)
 
     def run(self, number: int) -> None:
@@ -265,15 +274,21 @@ class _Rounds:
         self.recorder.record(f"pruned{last}", model)
         images = sample(self.inputs.train, settings.repair_images, settings.seed, "repair")
         for step in repair.parse(settings.repair):
-            repair.apply(
+            stage = f"{repair.STEPS[step]}{last}"
+            refitted = repair.apply(
                 step,
                 self.plain,
                 model,
                 images,
                 batch_size=settings.batch_size,
+                memory=settings.repair_memory,
                 progress=self.progress,
             )
-            self.recorder.record(f"{repair.STEPS[step]}{last}", model)
+            if refitted is not None:
+                row = {"stage": stage, "summary": str(refitted)}
+                self.refits.append(row | dataclasses.asdict(refitted))
+                self.recorder.say(f"{stage}: {refitted}")
+            self.recorder.record(stage, model)
 
     def temporary_files(self) -> list[str]:
         """What is of no use when the run is over."""
@@ -465,10 +480,9 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"output {os.fspath(path)!r} cannot be written: {error}") from error
         if theirs is not None and theirs != mine:
-            name = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
             raise InputError(
-                f"output {os.fspath(path)!r} holds a run with {name}={theirs.get(name)!r}, not "
-                f"{mine.get(name)!r}; choose another folder or remove this one"
+                f"output {os.fspath(path)!r} holds a run {_difference(theirs, mine)}; choose "
+                "another folder or remove this one"
             )
 
     def read(self, name: str, kind: type) -> Any:
@@ -494,6 +508,17 @@ class RunFolder:
     def remove(self, *names: str) -> None:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
+
+
+def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """The first in which settings that are there differ from these."""
+    for name in {**mine, **theirs}:
+        if name not in theirs or name not in mine:
+            knows = "lacks" if name not in theirs else "has"
+            return f"of another version of ccp_ext, which {knows} the setting {name}"
+        if mine[name] != theirs[name]:
+            return f"with {name}={theirs[name]!r}, not {mine[name]!r}"
+    raise ValueError("the settings are equal")
 
 
 @dataclass

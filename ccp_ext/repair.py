@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation import MEMORY, Refitted, fold_means, reestimate_batchnorm, refit
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 
 NONE = "none"
 # In the order in which they make sense, and what the model is after each.
-STEPS = {"fold": "folded", "refit": "refitted", "batchnorm": "re-estimated"}
+STEPS = {
+    "fold": "folded",
+    "refit-linear": "refitted linearly",
+    "refit": "refitted",
+    "batchnorm": "re-estimated",
+}
+# By the name of a refit its keywords; "refit" takes Gauss-Newton steps.
+REFITS: dict[str, dict[str, int]] = {"refit-linear": {"joint": 0}, "refit": {}}
 
 
 def parse(text: str, further: Sequence[str] = ()) -> tuple[str, ...]:
@@ -34,6 +42,12 @@ def parse(text: str, further: Sequence[str] = ()) -> tuple[str, ...]:
     return steps
 
 
+def check_memory(memory: float) -> None:
+    """Raise InputError unless it is a number of GiB."""
+    if not 0 < memory < math.inf:
+        raise InputError(f"repair_memory must be a positive number of GiB, got {memory!r}")
+
+
 def apply(
     step: str,
     plain: nn.Module,
@@ -41,18 +55,21 @@ def apply(
     images: ImageSet,
     *,
     batch_size: int = 128,
+    memory: float = MEMORY,
     progress: bool = True,
-) -> None:
-    """Take one of :data:`STEPS` on ``slim``, in place.
+) -> Refitted | None:
+    """Take one of :data:`STEPS` on ``slim``, in place; a refit tells what it did.
 
     Args:
         plain: the model before it was pruned; not needed for "batchnorm".
         images: training images.
         batch_size: of "fold" and "batchnorm".
+        memory: GiB, of a refit; see :func:`ccp_ext.refit`.
     """
-    if step == "refit":
-        refit(plain, slim, images, progress=progress)
-    elif step == "fold":
+    if step in REFITS:
+        return refit(plain, slim, images, memory=memory, progress=progress, **REFITS[step])
+    if step == "fold":
         fold_means(plain, slim, images, batch_size=batch_size, progress=progress)
     else:
         reestimate_batchnorm(slim, images.batches(batch_size), progress=progress)
+    return None

@@ -44,8 +44,9 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
     assert cli.main(prune_command(inputs, output, epochs=1)) == 0
     printed = capsys.readouterr().out
     stages = json.loads((output / "report.json").read_text())["stages"]
-    assert [row["stage"] for row in stages] == ["plain", "pruned", "re-estimated", "fine-tuned"]
+    assert [row["stage"] for row in stages] == ["plain", "pruned", "refitted", "fine-tuned"]
     assert all(row["stage"] in printed for row in stages)
+    assert "refitted: all 64 images for every layer" in printed
     plan = ccp_ext.PruningPlan.load(output / "plan.json")
     assert stages[1]["MACs"] == plan.forecast["macs_after"] <= 0.5 * stages[0]["MACs"]
     assert stages[1]["parameters"] == plan.forecast["parameters_after"] < stages[0]["parameters"]
@@ -166,7 +167,7 @@ def whole(inputs, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("stage", ["plain", "statistics", "pruned", "re-estimated", "fine-tuned"])
+@pytest.mark.parametrize("stage", ["plain", "statistics", "pruned", "refitted", "fine-tuned"])
 def test_an_interrupted_run_goes_on_to_the_same_model(
     stage, whole, inputs, tmp_path, capsys, monkeypatch
 ):
@@ -282,7 +283,7 @@ def test_a_run_whose_weights_changed_under_their_name_is_refused(inputs, tmp_pat
     assert "holds a run with content of weights=" in complaint(capsys, command)
 
 
-ROUNDS = {"rounds": 3, "allocation": "optimal", "macs": 0.4, "minimum": 2}
+ROUNDS = {"rounds": 3, "repair": "batchnorm", "allocation": "optimal", "macs": 0.4, "minimum": 2}
 
 
 @pytest.fixture(scope="module")

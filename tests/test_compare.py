@@ -32,6 +32,7 @@ def settings(inputs, **changes) -> CompareSettings:
         "seeds": (0, 1),
         "images": 48,
         "batch_size": 32,
+        "repair": ("batchnorm",),
         "repair_images": 48,
         **changes,
     }
@@ -74,6 +75,7 @@ def test_each_row_is_the_model_that_ccp_prune_makes_with_its_seed(inputs, whole,
             options=criteria.Options(seed=1),
             images=48,
             batch_size=32,
+            repair="batchnorm",
             repair_images=48,
             seed=1,
         )
@@ -107,6 +109,8 @@ def test_an_arm_allocates_as_it_says_and_else_as_its_criterion_does(inputs, tmp_
     wanted = settings(inputs, criteria=arms, macs=(), params=(0.5,), seeds=(0,), allocation="auto")
     uniform, optimal, joint, random = run(wanted, tmp_path / "own")["rows"]
     assert uniform["MACs"] == random["MACs"] != optimal["MACs"]
+    taken = [row["allocation"] for row in (uniform, optimal, joint, random)]
+    assert taken == ["uniform", "optimal", "joint", "uniform"]
     assert optimal["objective"] < uniform["objective"]
     assert joint["report loss"] != optimal["report loss"]
     assert max(row["parameters kept"] for row in (uniform, optimal, joint)) <= 0.5

@@ -45,16 +45,17 @@ class Bench:
         return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | halves
 
     def row(self, job: Job) -> dict[str, Any]:
-        model, objective = copy.deepcopy(self.inputs.model), None
+        model, chosen = copy.deepcopy(self.inputs.model), {}
         gathering = choosing = measure.Resources(0.0, 0.0)
         if job.criterion != UNPRUNED:
             plan, gathering, choosing = self._plan(job)
             model = surgery.prune(model, plan)
-            objective = plan.record["allocation"]["objective"]
-        repairing = self._repair(model, job)
+            chosen = plan.record["allocation"]
+        repairing, images = self._repair(model, job)
         row = dataclasses.asdict(job) | self._size(model)
-        row["objective"] = objective
+        row |= {"allocation": chosen.get("method"), "objective": chosen.get("objective")}
         row |= self._evaluations(model)
+        row["repair images"] = images
         for name, used in zip(COSTS, (gathering, choosing, repairing), strict=True):
             row[f"{name} seconds"] = used.seconds
             row[f"{name} MiB"] = used.mebibytes
@@ -103,24 +104,28 @@ class Bench:
             self._last[what] = (key, value, used)
         return self._last[what][1:]
 
-    def _repair(self, slim: nn.Module, job: Job) -> measure.Resources:
+    def _repair(self, slim: nn.Module, job: Job) -> tuple[measure.Resources, int]:
+        """What it took, and the images that every layer had."""
         images = sample(self.inputs.train, self.settings.repair_images, job.seed, "repair")
-        total = measure.Resources(0.0, 0.0)
+        total, fewest = measure.Resources(0.0, 0.0), len(images)
         for step in repair_steps(job.repair):
             if step == FINETUNE:
                 used = self._finetune(slim, job)
             else:
                 with measure.resources(self.device) as used:
-                    repair.apply(
+                    refitted = repair.apply(
                         step,
                         self.inputs.model,
                         slim,
                         images,
                         batch_size=self.settings.batch_size,
+                        memory=self.settings.repair_memory,
                         progress=self.progress,
                     )
+                if refitted is not None:
+                    fewest = min([fewest, *refitted.images.values()])
             total = total.then(used)
-        return total
+        return total, fewest
 
     def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
         with measure.resources(self.device) as used:

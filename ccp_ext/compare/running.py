@@ -42,9 +42,10 @@ def compare(
     Returns:
         {"settings", "plain", "rows", "summary", "control", "ranks"}; of the last three see
         :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
-        their shares that are kept, the forecast objective, accuracy (percent) and loss on the
-        halves of the test set and on the whole, and the seconds and peak memory (MiB) of
-        statistics, choice and repair.
+        their shares that are kept, the allocation that was taken and its forecast objective,
+        accuracy (percent) and loss on the halves of the test set and on the whole, the images that
+        every layer had in the repair, and the seconds and peak memory (MiB) of statistics, choice
+        and repair.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend; nothing is written

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccp_ext import criteria, repair
+from ccp_ext.compensation import MEMORY
 from ccp_ext.errors import InputError
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.planning import ALLOCATIONS
@@ -76,13 +77,15 @@ class CompareSettings:
         seeds: each draws the images of the statistics and of the repair, the random numbers of the
             criterion, and the order of fine-tuning, as the seed of ``ccp prune`` does.
         repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
-            layer), "refit" (least squares), "batchnorm" (re-estimation), "finetune" (the schedule);
-            see :mod:`ccp_ext.compensation`.
+            layer), "refit-linear" (least squares), "refit" (with Gauss-Newton steps as well),
+            "batchnorm" (re-estimation), "finetune" (the schedule); see
+            :mod:`ccp_ext.compensation`.
         allocation: "uniform", "optimal" or "auto" (what each criterion says, see
             :class:`ccp_ext.criteria.Criterion`), for all arms that do not bring their own ("joint"
             is for single arms); see :func:`ccp_ext.make_plan`.
         scope: of the groups to prune; see :meth:`ccp_ext.graph.ChannelGraph.select_groups`.
         images, repair_images: training images for the statistics and for the repair.
+        repair_memory: as of :class:`ccp_ext.pipeline.PruneSettings`.
         finetune: the schedule of the step "finetune"; its seed is the row's. An arm of a criterion
             with auxiliary heads, ccp-ac, is fine-tuned with them.
 
@@ -97,13 +100,14 @@ class CompareSettings:
     macs: tuple[float | int, ...] = ()
     params: tuple[float | int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    repair: tuple[str, ...] = ("batchnorm",)
+    repair: tuple[str, ...] = ("refit-linear",)
     allocation: str = "auto"
     multiple: int = 1
     scope: str = "inner"
     images: int = 10_000
     batch_size: int = 128
     repair_images: int = 10_000
+    repair_memory: float = MEMORY
     finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
@@ -123,6 +127,7 @@ class CompareSettings:
                 raise InputError(f"{option} must be at least 1, got {getattr(self, option)}")
         if min(self.seeds) < 0:
             raise InputError(f"seeds must be at least 0, got {min(self.seeds)}")
+        repair.check_memory(self.repair_memory)
         _check_allocation(self.allocation)
         self.arms()
         for text in self.repair:

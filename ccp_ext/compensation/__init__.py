@@ -7,6 +7,6 @@ solves each layer behind a cut anew by least squares, the constant included; and
 
 from ccp_ext.compensation.batchnorm import reestimate_batchnorm
 from ccp_ext.compensation.folding import fold_means
-from ccp_ext.compensation.refitting import LAYERS, refit
+from ccp_ext.compensation.refitting import LAYERS, MEMORY, Refitted, refit
 
-__all__ = ["LAYERS", "fold_means", "reestimate_batchnorm", "refit"]
+__all__ = ["LAYERS", "MEMORY", "Refitted", "fold_means", "reestimate_batchnorm", "refit"]

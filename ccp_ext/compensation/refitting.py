@@ -31,7 +31,7 @@ LAYERS = ("cut", "cut+classifier", "all")
 _JOINT_POSITIONS = 1 << 18
 
 # GiB for the images that wait at a layer, and for its equations.
-MEMORY = 2.0
+MEMORY = 4.0
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,12 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
             f"{last['parameters'] / first['parameters']:.1%} of the parameters remain; the test "
             f"accuracy went from {first['accuracy %']:.2f} % to {last['accuracy %']:.2f} %."
         ),
-        _section("Stages", _table("The model after each stage", stages), _training(folder)),
+        _section(
+            "Stages",
+            _table("The model after each stage", stages),
+            *(_paragraph(f"{row['stage']}: {row['summary']}.") for row in report.get("refits", [])),
+            _training(folder),
+        ),
         _forecast(report.get("forecast", [])),
         _section("Channels", *_channels(plan)),
         _section("Pairwise costs", *_matrices(plan, snapshot)),

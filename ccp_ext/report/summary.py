@@ -130,6 +130,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 def _cells(entry: Mapping[str, Any]) -> dict[str, Any]:
     cells = {"criterion": entry["criterion"], "": entry["mark"]}
+    cells["allocation"] = entry.get("allocation")  # files of earlier versions have none
     for part in PARTS:
         cells[f"{part} %"] = with_spread(entry, f"{part} accuracy")
     cells["report loss"] = with_spread(entry, "report loss", 4)
