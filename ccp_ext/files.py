@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from ccp_ext.errors import InputError
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -34,6 +37,48 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, while the block runs.
+
+    The lock is on a file in the folder that holds the process's number; the system gives it up
+    when the process ends, however it does.
+
+    Raises:
+        InputError: another process has the folder.
+    """
+    path = Path(folder, LOCK)
+    handle = _open_locked(path)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 32).decode()
+            os.close(handle)
+            raise InputError(
+                f"{os.fspath(path.parent)} is in use by process {owner}; wait for it, end it, or "
+                "choose another folder"
+            ) from None
+        except OSError:
+            return handle  # a file system without locks
+        # Whoever had it before may have removed the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

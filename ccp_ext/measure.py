@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ccp_ext import memory
 from ccp_ext.allocation.latency import LatencyTable, LayerTimes
 from ccp_ext.cutting import CONVOLUTIONS, Cut, cut_attributes, cut_tensors, is_depthwise
 from ccp_ext.errors import InputError
@@ -137,7 +138,10 @@ def memory_kind(device: torch.device | str) -> str:
     """What :class:`Resources` counts on that device, in words."""
     if torch.device(device).type == "cuda":
         return "peak of the memory that torch allocated on the GPU, the model included"
-    return "peak of the process's resident memory above its start"
+    return (
+        "peak of the process's resident memory above its start, before which what the allocator "
+        "held free was given back"
+    )
 
 
 def _begin_peak(device: torch.device) -> int | None:
@@ -145,6 +149,7 @@ def _begin_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0
+    memory.trim()  # what is free but resident would hide as much of the block's memory
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
     except OSError:

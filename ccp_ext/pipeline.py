@@ -156,21 +156,37 @@ def run(
         and what :class:`ccp_ext.compensation.Refitted` says, such as the images of each layer}.
 
     Raises:
-        InputError: anything in the settings or the data that the user can mend; nothing is written
-            before the settings, the weights, the data and the budget were found good.
+        InputError: anything in the settings or the data that the user can mend, and a folder that
+            another process works in; nothing is written before the settings, the weights, the data
+            and the budget were found good.
     """
     criterion = criteria.get(settings.criterion, settings.options)
     inputs = load_inputs(settings, device)
-    model, graph, train = inputs.model, inputs.graph, inputs.train
+    graph = inputs.graph
     table = _latency_table(settings, inputs, Path(output))
     schedule = Schedule(graph, settings.rounds, settings.budget(), settings.rules(), table)
     schedule.check()
-    check_statistics(model, graph, criterion, settings.allocation)
+    check_statistics(inputs.model, graph, criterion, settings.allocation)
 
     contents = inputs.contents()
     if settings.latency_table is not None:
         contents["content of latency_table"] = table.digest()
     folder = RunFolder(output, {**_plain(settings), **contents})
+    with files.locked(folder.path):
+        return _run(settings, criterion, inputs, schedule, table, folder, progress, say)
+
+
+def _run(
+    settings: PruneSettings,
+    criterion: criteria.Criterion,
+    inputs: Inputs,
+    schedule: Schedule,
+    table: LatencyTable | None,
+    folder: RunFolder,
+    progress: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    model = inputs.model
     finished = folder.read("report.json", dict)
     if finished is not None:
         if not isinstance(finished.get("stages"), list):
@@ -192,9 +208,8 @@ def run(
         heads = criterion.auxiliary_heads if heads is None else heads
         finetune(
             model,
-            train,
+            inputs.train,
             settings.finetune,
-            device=device,
             teacher=rounds.plain if settings.distil else None,
             auxiliary=auxiliary_heads(model, inputs, heads, settings.seed, progress=progress),
             checkpoint=folder.path / "finetune.pt",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from ccp_ext.files import atomic_path, write_text
+from ccp_ext.errors import InputError
+from ccp_ext.files import atomic_path, locked, write_text
 
 
 def test_a_finished_write_replaces_the_file_with_ordinary_permissions(tmp_path):
@@ -30,3 +34,37 @@ def test_an_interrupted_write_leaves_the_old_file_whole_and_nothing_else(tmp_pat
         raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    with locked(tmp_path):
+        message = f"{tmp_path} is in use by process {os.getpid()}"
+        with pytest.raises(InputError, match=message), locked(tmp_path):
+            pass
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        raise KeyboardInterrupt
+    with locked(tmp_path):
+        pass
+
+
+HOLDER = """
+import sys, time
+from ccp_ext.files import locked
+with locked(sys.argv[1]):
+    print("has it", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_leaves_its_folder_to_others(tmp_path):
+    command = [sys.executable, "-c", HOLDER, os.fspath(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(InputError, match=f"process {other.pid};"), locked(tmp_path):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with locked(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []

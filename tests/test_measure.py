@@ -267,6 +267,18 @@ def test_resources_are_the_time_and_the_peak_above_the_start():
     assert used.then(measure.Resources(1.0, None)).mebibytes is None
 
 
+def test_memory_that_the_allocator_keeps_does_not_hide_a_peak():
+    if measure._status_bytes("VmHWM") is None:
+        pytest.skip("needs Linux's /proc")
+    for _ in range(2):
+        blocks = [torch.ones(2**12) for _ in range(2**12)]  # 64 MiB in pieces of 16 KiB
+        last = blocks[-1]  # keeps the rest below it from being given back
+        del blocks
+    with measure.resources("cpu") as used:
+        blocks = [torch.ones(2**12) for _ in range(2**12)]
+    assert len(last) and len(blocks) and 60 < used.mebibytes < 100
+
+
 @pytest.mark.gpu
 def test_resources_on_a_gpu(cuda):
     held = torch.ones(2**20, device=cuda)  # 4 MiB

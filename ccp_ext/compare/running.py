@@ -48,12 +48,25 @@ def compare(
         and repair.
 
     Raises:
-        InputError: anything in the settings or the data that the user can mend; nothing is written
-            before the inputs, the options and the budgets were found good.
+        InputError: anything in the settings or the data that the user can mend, and a folder that
+            another process works in; nothing is written before the inputs, the options and the
+            budgets were found good.
     """
     inputs = load_inputs(settings, devices[0])
     _check(settings, inputs)
     folder = RunFolder(output, {**dataclasses.asdict(settings), **inputs.contents()})
+    with files.locked(folder.path):
+        return _compare(settings, inputs, folder, devices, progress, say)
+
+
+def _compare(
+    settings: CompareSettings,
+    inputs: Inputs,
+    folder: RunFolder,
+    devices: Sequence[str],
+    progress: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     (folder.path / "rows").mkdir(exist_ok=True)
     jobs = all_jobs(settings)
     missing = [job for job in jobs if _read_row(folder, job) is None]

@@ -166,7 +166,8 @@ def explanation(result: Mapping[str, Any]) -> str:
         f"the larger of the two spreads{_about_control(result)}. The spread is that of the seeds; "
         f"the {report_images:,} "
         "report images themselves leave a standard error of about "
-        f"{_standard_error(result):.1f} points. Memory: {memory}."
+        f"{_standard_error(result):.1f} points. peak MiB, the largest of statistics, choice and "
+        f"repair: {memory}."
     )
 
 
