@@ -429,6 +429,7 @@ _SCHEDULE = (
     "label_smoothing",
     "mixup",
     "ema_decay",
+    "freeze_batchnorm",
     "augment",
     "channels_last",
     "amp",
@@ -446,6 +447,11 @@ def _add_schedule(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     tuning.add_argument("--mixup", type=float, default=0.0, help="alpha (default 0: none)")
     tuning.add_argument(
         "--ema-decay", type=float, default=0.0, help="moving average of the weights, by step"
+    )
+    tuning.add_argument(
+        "--freeze-batchnorm",
+        action="store_true",
+        help="train with BatchNorm's running statistics, to which a refit was fitted",
     )
     tuning.add_argument("--augment", choices=("crop_flip",), help="of the images")
     tuning.add_argument("--channels-last", action="store_true", help="memory format")

@@ -243,6 +243,22 @@ def test_channels_last_and_bfloat16_train_as_well():
 # Distillation
 
 
+def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_scale():
+    model = network()
+    norm, dropout = model[1], model[3]
+    norm.running_mean.fill_(0.1)
+    before = copy.deepcopy(norm)
+    flags = []
+    dropout.register_forward_hook(lambda m, _, __: flags.append((m.training, norm.training)))
+    history = finetune(model, bright_or_dark(), **SETTINGS, freeze_batchnorm=True, progress=False)
+    assert set(flags) == {(True, False)}
+    assert norm.training  # as before the training
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(norm, name), getattr(before, name)), name
+    assert not torch.equal(norm.weight, before.weight)
+    assert history[-1].train_loss < history[0].train_loss
+
+
 def test_a_teacher_alone_pulls_the_model_to_its_outputs():
     data, teacher, model = bright_or_dark(), network(1), network(2)
     with torch.no_grad():

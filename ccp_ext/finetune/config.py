@@ -32,6 +32,9 @@ class FinetuneConfig:
     counts hits of the label with the larger share.
     ema_decay: 0 for none, or the decay a step of an exponential moving average of weights and
     buffers, which is what is validated and what the model holds at the end.
+    freeze_batchnorm: BatchNorm normalises by its running statistics, as in eval mode, and keeps
+    them; its scale and shift are trained all the same. After a least-squares refit, whose layers
+    were fitted to these statistics, those of the batches would first undo part of the repair.
     amp: forward pass in bfloat16 autocast. channels_last: memory format of model and images.
 
     Raises InputError naming the option for a value out of range.
@@ -54,6 +57,7 @@ class FinetuneConfig:
     auxiliary_weight: float = 1.0
     mixup: float = 0.0
     ema_decay: float = 0.0
+    freeze_batchnorm: bool = False
     augment: str | None = None
     seed: int = 0
     channels_last: bool = False

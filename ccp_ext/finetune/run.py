@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -53,7 +54,7 @@ class Run:
         seed = _epoch_seed(config.seed, epoch)
         # Seeding each epoch anew makes dropout after a resumption that of an unbroken run.
         _seed_generators(seed, self.device)
-        self.model.train()
+        self._set_training_flags()
         batches = self.train_set.batches(
             config.batch_size, shuffle=True, seed=seed, augment=config.augment, device=self.device
         )
@@ -78,6 +79,13 @@ class Run:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._check_weights(epoch, rate)
         return rate, loss_sum / count, 100 * correct / count
+
+    def _set_training_flags(self) -> None:
+        self.model.train()
+        if self.config.freeze_batchnorm:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def _heads_attached(self) -> contextlib.AbstractContextManager[None]:
         if self.auxiliary is None:
