@@ -209,14 +209,12 @@ class Search {
   void search() {
     make_core();
     const double before = least_;
-    const bool hopeless = core_.problem.size > kLargestSearched;
-    const std::int64_t most = limits_.nodes == 0 ? 1 : hopeless ? kLongest : kMostUnits;
-    const int patience = core_.problem.size > kLargestFinished ? 2 : 1;
-    int vain = 0;  // annealings in a row
-    for (std::int64_t units = hopeless ? most : 1; units <= most && vain < patience; units *= 2) {
+    const std::int64_t first_units = annealing_units();
+    const std::int64_t most_units = limits_.nodes == 0 ? 1 : std::max(first_units, kMostUnits);
+    for (std::int64_t units = first_units; units <= most_units; units *= 2) {
       const double least = least_;
       anneal_core(units);
-      vain = least_ == least ? vain + 1 : 0;
+      if (least_ == least) break;
     }
     if (least_ < before) make_core();
     if (core_.channels.empty()) {
@@ -241,6 +239,13 @@ class Search {
       if (power_of_two && effort() >= 1) anneal_core(effort());
     }
     bound_ = std::max(bound_, std::min(cutoff(), lowest_open()));
+  }
+
+  // What the annealing before the search begins with: the more, the longer the search will take.
+  std::int64_t annealing_units() const {
+    const Index size = core_.problem.size;
+    if (limits_.nodes == 0) return 1;
+    return size > kLargestSearched ? kLongest : std::max<Index>(1, size * size / kPairsAUnit);
   }
 
   double lowest_open() const {
@@ -393,8 +398,8 @@ class Search {
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
   static constexpr double kBoundPrecision = 1e-5;
   static constexpr std::int64_t kProposals = 2000;  // a channel, for a unit of annealing
-  static constexpr std::int64_t kMostUnits = 64;    // before the search
-  static constexpr Index kLargestFinished = 192;    // mostly within a second
+  static constexpr Index kPairsAUnit = 8192;        // of the first annealing
+  static constexpr std::int64_t kMostUnits = 32;    // before the search
   static constexpr Index kLargestSearched = 1024;   // more channels leave no time for nodes
   static constexpr std::int64_t kLongest = 1024;    // before their search
   static constexpr std::int64_t kRounding = 32;
