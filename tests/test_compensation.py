@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from small_networks import lively, random_plan
+from small_networks import SMALL_NETWORKS, lively, random_plan
 from torch import nn
 
 import ccp_ext
+from ccp_ext import repair
 from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
 from ccp_ext.compensation.batches import Batch, two_models
 from ccp_ext.compensation.holding import Ledger, bytes_of_one
@@ -655,6 +656,25 @@ def test_a_layer_too_wide_to_be_solved_gets_a_constant():
     assert found.unexplained["third"] == pytest.approx(float(left))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [*SMALL_NETWORKS, partial(ccp_ext.models.create, "mobilenetv2", width_mult=0.25)],
+    ids=lambda make: getattr(make, "__name__", "mobilenetv2"),
+)
+def test_the_default_repair_suits_networks_of_all_kinds(make):
+    """Branches, depthwise and shared convolutions, tokens, networks without BatchNorm."""
+    torch.manual_seed(0)
+    model, data = lively(make()).eval(), image_set(64)
+    batches = data.normalise(data.images).split(32)
+    reestimate_batchnorm(model, batches, progress=False)
+    graph = ccp_ext.trace(model, batches[0][:1])
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph, 0.6))
+    before = distance(model, slim.eval(), data)
+    done = repair.apply("refit", model, slim, data, progress=False)
+    assert done.images and set(done.images.values()) == {64}
+    assert distance(model, slim, data) < 0.8 * before
+
+
 def test_positions_are_drawn_by_the_seed_and_nearly_enough():
     model, data = convolutions(bias=True, norm=False, padding=1), image_set(100)
     fitted = {}
@@ -731,13 +751,13 @@ def test_a_layer_that_runs_twice_is_fitted_on_both_calls():
     torch.testing.assert_close(slim.shared.bias.detach(), solution[-1])
 
 
-@pytest.mark.parametrize("repair", [fold_means, refit])
-def test_compensation_wants_the_model_and_its_pruned_copy(repair):
+@pytest.mark.parametrize("method", [fold_means, refit])
+def test_compensation_wants_the_model_and_its_pruned_copy(method):
     model, data = convolutions(bias=True, norm=True), image_set()
     slim = pruned(model, {"0": [0, 3]})
     for plain, other in ((model, model), (slim, slim), (network(), slim)):
         with pytest.raises(InputError, match="slim must be the given model after ccp_ext.prune"):
-            repair(plain, other, data, progress=False)
+            method(plain, other, data, progress=False)
     with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
         refit(model, slim, data, ridge=-1)
     with pytest.raises(InputError, match="positions must be 1 or more, or None, got 0"):
