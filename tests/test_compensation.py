@@ -585,9 +585,11 @@ class Narrowing(nn.Module):
         self.third = nn.Conv2d(16, 16, 3, stride=2, padding=1)
         self.last = nn.Linear(16, 5)
 
+    def maps(self, x):
+        return self.third(self.second(self.first(x).relu()).tanh())
+
     def forward(self, x):
-        x = self.second(self.first(x).tanh()).tanh()
-        return self.last(self.third(x).tanh().mean((2, 3)))
+        return self.last(self.maps(x).tanh().mean((2, 3)))
 
 
 NARROWING = {"first": [0, 2, 3, 8, 9, 12], "second": [1, 2, 5, 6, 10, 15]}
@@ -608,7 +610,7 @@ def test_with_less_memory_a_layer_has_fewer_images_and_the_narrow_ones_more():
     # Those that join later are at the depth of the others: the last layer is fitted to them all.
     x = data.normalise(data.images).double()
     with torch.no_grad():
-        features = slim.third(slim.second(slim.first(x).tanh()).tanh()).tanh().mean((2, 3))
+        features = slim.maps(x).tanh().mean((2, 3))
         system = torch.cat([features, torch.ones(200, 1)], 1)
         target = model(x)
         best = (target - system @ torch.linalg.lstsq(system, target).solution).norm()
@@ -646,10 +648,12 @@ def test_a_layer_too_wide_to_be_solved_gets_a_constant():
     found = refit(model, slim, data, memory=2e-4, batch_size=1, progress=False)
     changed = {path for path, value in slim.state_dict().items() if (value != before[path]).any()}
     assert changed == {"second.bias", "third.bias", "last.weight", "last.bias"}
+    assert found.too_wide == ["second", "third"]
+    assert str(found).endswith("; too wide for it, a constant only: second, third")
     fitted = data.subset(range(found.images["third"]))
     x = data.normalise(fitted.images).double()
     with torch.no_grad():
-        wanted, got = (m.third(m.second(m.first(x).tanh()).tanh()) for m in (model, slim))
+        wanted, got = model.maps(x), slim.maps(x)
         error = (wanted - got).transpose(0, 1).flatten(1)
         left = error.var(1).sum() / wanted.transpose(0, 1).flatten(1).var(1).sum()
     assert error.mean(1).abs().max() < 1e-12
