@@ -22,6 +22,7 @@ from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Feeder, addends, feeders
 from ccp_ext.least_squares import ConstantError, Regression
+from ccp_ext.memory import Ceiling
 from ccp_ext.passes import tapped
 from ccp_ext.patches import POSITIONS, Grid
 
@@ -152,6 +153,8 @@ def refit(
     _find_surroundings(model, slim, chosen, images, residual, joint, memory * GIBIBYTE)
     draw = partial(Grid.draw, count=positions, generator=torch.Generator().manual_seed(seed))
     waiting: list[Batch] = []
+    # Every batch has threads of its own, which do not reuse what those of others have freed.
+    ceiling = Ceiling(memory * GIBIBYTE)
     with two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         holding = hold(models, chosen, images, positions, batch_size, memory * GIBIBYTE)
         stack.callback(_dismiss, waiting, 0)
@@ -161,7 +164,7 @@ def refit(
             _dismiss(waiting, count)
             more = images.batches(holding.batch_size, start=len(waiting))
             for x, _ in itertools.islice(more, count - len(waiting)):
-                waiting.append(Batch(*models, chosen[k:], x, draw, share))
+                waiting.append(Batch(*models, chosen[k:], x, draw, share, after_turn=ceiling.keep))
             if layer.branch:
                 layer.branch.improve((batch.branch(layer) for batch in waiting), ridge, joint)
             result.unexplained[layer.path] = _fit(layer, waiting, ridge)
