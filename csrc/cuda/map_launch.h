@@ -67,8 +67,7 @@ inline MapMomentsLaunch plan_map_moments_rows(const MapSimilarityParams& params,
   MapMomentsLaunch launch{};
   launch.vector = layout.kind == LayoutKind::kRows ? kVectorBytes / element_size : 1;
   const int64_t positions = layout.positions, unit = launch.vector;
-  launch.map_threads =
-      launch.vector > 1 && ceil_div(positions + 2 * (unit - 1), unit) <= 32 ? 8 : 32;
+  launch.map_threads = launch.vector > 1 && ceil_div(positions + unit - 1, unit) <= 32 ? 8 : 32;
   const auto whole = [&](const void* data, int64_t sample_stride, int64_t channel_stride) {
     const int64_t extent =
         (sample.size - 1) * sample_stride + (channel.size - 1) * channel_stride + positions;

@@ -309,6 +309,7 @@ inline void finish_copies(size_t still_pending) {
 
 inline void __syncthreads() { emu::sync_block(); }
 inline void __syncwarp() { emu::sync_warp(); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned source) {
