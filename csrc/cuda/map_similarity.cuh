@@ -285,7 +285,7 @@ __device__ __forceinline__ void split_fragments(uint32_t (&values)[kCount][kRegi
 }
 
 // sums += the products over one stage. float32 values are multiplied as pairs of TF32 values: three
-// products keep 22 bits, one keeps 11. The matrix units round sums towards zero; a stage's own sum
+// products keep 20 bits, one keeps 11. The matrix units round sums towards zero; a stage's own sum
 // is short, and joins the others by a rounded addition.
 template <class Traits>
 __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,

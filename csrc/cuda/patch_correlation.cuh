@@ -268,7 +268,7 @@ class CorrelationProduct {
         correlation_unit<Traits>(panel, row, unit + lane / 16))[lane / 4 % 4];
   }
 
-  // float32 values as pairs of TF32 values, of which the big ones replace them.
+  // float32 values as pairs of TF32 values, of which the big ones replace them; or rounded.
   template <int kCount, int kRegisters>
   static __device__ __forceinline__ void split(uint32_t (&values)[kCount][kRegisters],
                                                uint32_t (&small)[kCount][kRegisters]) {
@@ -277,15 +277,20 @@ class CorrelationProduct {
       for (int i = 0; i < kCount; ++i) {
 #pragma unroll
         for (int r = 0; r < kRegisters; ++r) {
-          const Tf32Pair pair = split_tf32(float_from_bits(values[i][r]));
-          values[i][r] = pair.big;
-          small[i][r] = pair.small;
+          const float value = float_from_bits(values[i][r]);
+          if constexpr (Traits::kPrecision == PatchPrecision::kExact) {
+            const Tf32Pair pair = split_tf32(value);
+            values[i][r] = pair.big;
+            small[i][r] = pair.small;
+          } else {
+            values[i][r] = round_to_tf32(value);
+          }
         }
       }
     }
   }
 
-  // Three products of pairs keep 22 bits, one keeps 11.
+  // Three products of pairs keep 20 bits, one keeps 11.
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&small_a)[4],
                                                   const uint32_t (&b)[2],

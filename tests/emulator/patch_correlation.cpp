@@ -23,7 +23,7 @@ unsigned grid(int64_t blocks, unsigned seed) {
 template <class T>
 CorrelationMaps maps_of(const PatchProductParams& params, const PatchSource& source,
                         std::vector<T>& memory, unsigned seed) {
-  if (ccp::readable_in_place(source, sizeof(T))) return ccp::maps_in_place(source);
+  if (ccp::readable_in_place(source, params.samples, sizeof(T))) return ccp::maps_in_place(source);
   const int64_t padded = ccp::padded_channels(source, sizeof(T));
   const int64_t positions = source.size[0] * source.size[1];
   memory.resize(params.samples * positions * params.groups * padded);
