@@ -5,7 +5,7 @@ import os
 # Threads that wait would otherwise spin, and take the cores from those with work. Read by OpenMP
 # when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Without it cuBLAS is not among torch's deterministic algorithms, which poisoned_allocations asks for.
+# Without it torch takes cuBLAS for not deterministic, as poisoned_allocations demands it to be.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from collections.abc import Iterator

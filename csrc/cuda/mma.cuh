@@ -75,14 +75,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "memory");
 }
 
-// Begins to copy kBytes from global to shared memory, or to write as many zero bytes unless
-// `valid`. Both addresses are aligned to kBytes. What is written may be read by this thread after
-// wait_for_copies, by others after a barrier that follows.
+// Begins to copy the first `bytes` of kBytes from global to shared memory, and to write zeros in
+// place of the others. Both addresses are aligned to kBytes. What is written may be read by this
+// thread after wait_for_copies, by others after a barrier that follows.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_part_async(void* shared, const void* global, int bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
                  : "memory");
@@ -177,11 +176,11 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 template <int kBytes>
-void copy_async(void* shared, const void* global, bool valid) {
+void copy_part_async(void* shared, const void* global, int bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emu::require_aligned(global, kBytes, "the source of a copy");
   emu::require_aligned(shared, kBytes, "the target of a copy");
-  emu::begin_copy(shared, valid ? global : nullptr, kBytes);
+  emu::begin_copy(shared, global, bytes, kBytes);
 }
 
 inline void commit_copies() { emu::commit_copies(); }
@@ -192,6 +191,12 @@ void wait_for_copies() {
 }
 
 #endif
+
+// All kBytes, or zeros unless `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_part_async<kBytes>(shared, global, valid ? kBytes : 0);
+}
 
 // A float32 value as the sum of two numbers, of each of which the matrix units use 11 bits: to
 // within 2^-21 of it. Three instructions; round_to_tf32 alone takes three. `big` is no NaN where

@@ -45,12 +45,14 @@ struct CorrelationShared {
 };
 
 // Where unit `unit` of position `row` lies in a panel: mixed so that the eight positions that a
-// warp reads at once lie on different memory banks. Eight units stay together, so that what is
-// added to the unit or the position in multiples of eight is added to the address.
+// warp reads at once lie on different memory banks, and so do the two or four neighbouring
+// positions that eight threads write at once. Eight units stay together, so that what is added to
+// the unit or the position in multiples of eight is added to the address.
 template <class Traits>
 __device__ __forceinline__ unsigned char* correlation_unit(unsigned char* panel, unsigned row,
                                                            unsigned unit) {
-  const unsigned mask = sizeof(typename Traits::T) == 2 ? row % 8 : row % 4 * 2;
+  const unsigned pairs = row % 2 * 4 + row / 2 % 2 * 2;
+  const unsigned mask = sizeof(typename Traits::T) == 2 ? pairs + row / 4 % 2 : pairs;
   return panel + (row * Traits::kRowUnits + unit / 8 * 8 + (unit % 8 ^ mask)) * 16;
 }
 

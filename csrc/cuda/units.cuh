@@ -47,6 +47,14 @@ __device__ __forceinline__ Unit<T, kUnit> load_unit(const T* address) {
   return unit;
 }
 
+template <class T, int kUnit>
+__device__ __forceinline__ void store_unit(const Unit<T, kUnit>& unit, T* address) {
+  uint4 bits;
+  static_assert(sizeof unit == sizeof bits);
+  memcpy(&bits, &unit, sizeof bits);
+  *reinterpret_cast<uint4*>(address) = bits;
+}
+
 // Reads only the elements that `inside` names; the others are zero.
 template <class T, int kUnit>
 __device__ __forceinline__ Unit<T, kUnit> load_part(const T* address, unsigned inside) {
@@ -54,6 +62,31 @@ __device__ __forceinline__ Unit<T, kUnit> load_part(const T* address, unsigned i
 #pragma unroll
   for (int v = 0; v < kUnit; ++v)
     if (inside >> v & 1) unit.put(v, address[v]);
+  return unit;
+}
+
+// A unit's worth of elements from the `first`-th of two units on.
+template <class T, int kUnit>
+__device__ __forceinline__ Unit<T, kUnit> elements_from(int first, const Unit<T, kUnit>& low,
+                                                        const Unit<T, kUnit>& high) {
+  constexpr int kWords = Unit<T, kUnit>::kWords;
+  static_assert(kWords == 4);
+  uint32_t words[2 * kWords];
+  memcpy(words, &low, sizeof low);
+  memcpy(words + kWords, &high, sizeof high);
+  const unsigned bytes = first * sizeof(T);
+#pragma unroll
+  for (int skipped = 2; skipped > 0; --skipped) {
+    const bool skip = bytes & 4 * skipped;
+#pragma unroll
+    for (int w = 0; w < 2 * kWords - skipped; ++w) words[w] = skip ? words[w + skipped] : words[w];
+  }
+  Unit<T, kUnit> unit;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const uint64_t pair = static_cast<uint64_t>(words[w + 1]) << 32 | words[w];
+    unit.word[w] = sizeof(T) == 2 ? static_cast<uint32_t>(pair >> bytes % 4 * 8) : words[w];
+  }
   return unit;
 }
 
