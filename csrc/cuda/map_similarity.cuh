@@ -188,7 +188,7 @@ struct MapLoader {
                                    (task.first_sample + at.sample) * layout.channel.size +
                                    task.first_map[panel];
     unsigned char* to = shared.panel[at.stage % kMapStages][panel];
-#pragma unroll 8
+#pragma unroll 4
     for (int i = threadIdx.x; i < kMapTile * Traits::kDepth; i += kMapThreads) {
       const int map = i / Traits::kDepth, depth = i % Traits::kDepth;
       const int64_t position = at.chunk * Traits::kDepth + depth;
@@ -467,6 +467,7 @@ __global__ void __launch_bounds__(kMapThreads, 2)
     const MapLoader<Traits> loader{params, launch, task, {x_terms, y_terms}, shared};
     WarpTile sums{}, totals{};
     MapCursor loaded{0, 0, 0}, centred{0, 0, 0}, summed{0, 0, 0};
+#pragma unroll 1
     for (int stage = 0; stage < kMapStages - 1; ++stage) {
       loader.load(loaded);
       loaded.advance(chunks);
