@@ -1,8 +1,6 @@
 // The CUDA kernels of channel_moments.
 #pragma once
 
-#include <type_traits>
-
 #include "csrc/cuda/channel_dot.cuh"
 #include "csrc/cuda/moments_launch.h"
 #include "csrc/cuda/units.cuh"

@@ -198,9 +198,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
   copy_part_async<kBytes>(shared, global, valid ? kBytes : 0);
 }
 
-// A float32 value as the sum of two numbers, of each of which the matrix units use 11 bits: to
-// within 2^-21 of it. Three instructions; round_to_tf32 alone takes three. `big` is no NaN where
-// the value is one of only ones, but `small` is.
+// A float32 value as the sum of two numbers, to within 2^-21 of it by the 11 bits that the matrix
+// units use of each. Without round_to_tf32, which takes as many instructions as all of this and
+// keeps every NaN; here `big` loses some, but `small` is NaN then.
 struct Tf32Pair {
   uint32_t big, small;
 };
