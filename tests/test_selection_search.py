@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from ccp_ext import _solver
-from ccp_ext.selection import convex, select
+from ccp_ext.selection import convex, search, select
 from ccp_ext.selection.quadratic import QuadraticCost
 
 
@@ -222,3 +226,88 @@ def test_a_search_with_a_semidefinite_bound_proves_the_true_optimum(monkeypatch)
     assert np.array_equal(bounded.removed, plain.removed)
     stopped = select(S, u=u, r=12, time_limit=math.inf, node_limit=1)
     assert stopped.lower_bound <= plain.objective + 1e-12
+
+
+def root_and_calls_of_the_bound(monkeypatch, gap):
+    """What a search with this gap learns at its root: mask, state, calls of the bound after it."""
+    S, u = coupled(0, 30)
+    roots, calls = [], []
+    solve = _solver.branch_and_bound
+
+    def searched(*arguments, **options):
+        roots.append(solve(*arguments, **options))
+        return roots[-1]
+
+    def bound(*arguments):
+        calls.append(arguments)
+        return -math.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_solver, "branch_and_bound", searched)
+        patch.setattr(search, "semidefinite_bound", bound)
+        select(S, u=u, r=15, time_limit=math.inf, gap=gap)
+    mask, _, complete, _, _, state = roots[0]
+    assert not complete
+    return mask, state, len(calls)
+
+
+def test_the_semidefinite_bound_is_left_out_where_the_best_mask_differs_from_the_state(monkeypatch):
+    S, u = coupled(0, 30)
+    root = select(S, u=u, r=15, time_limit=math.inf, node_limit=0)
+    # The gap allows for better masks than the best one, so that the state may decide against it.
+    mask, state, calls = root_and_calls_of_the_bound(monkeypatch, 1.2 * root.gap)
+    decided = state != convex.FREE
+    assert (mask[decided] != (state[decided] == 1)).any()
+    assert calls == 0
+    mask, state, calls = root_and_calls_of_the_bound(monkeypatch, 0.5 * root.gap)
+    assert calls == 1
+
+
+HURRYING_CLOCK = """
+#include <time.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+
+/* Every look at the clock takes a month. */
+int clock_gettime(clockid_t clock, struct timespec *time) {
+  static long months;
+  const int failed = (int)syscall(SYS_clock_gettime, clock, time);
+  time->tv_sec += 30L * 24 * 3600 * ++months;
+  return failed;
+}
+"""
+
+ANNEALED = """
+import importlib.util, math, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_solver", sys.argv[1])
+solver = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(solver)
+with np.load(sys.argv[2]) as cost:
+    S, u = cost["S"], cost["u"]
+mask = solver.branch_and_bound(S, u, len(u) // 2, 0.0, float(sys.argv[3]), 0, 0.0, 0)[0]
+print(repr(solver.objective(S, u, mask)))
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not sys.platform.startswith("linux"),
+    reason="the clock is replaced by a C function that is loaded first, as Linux can",
+)
+def test_without_a_time_limit_the_clock_does_not_change_the_annealing(tmp_path):
+    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
+    source.write_text(HURRYING_CLOCK)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", source, "-o", library], check=True)
+    S, u = gram(0, 300, 100)
+    np.savez(tmp_path / "cost.npz", S=S, u=u)
+
+    def annealed(limit, **environment):
+        command = [sys.executable, "-c", ANNEALED, _solver.__file__, tmp_path / "cost.npz", limit]
+        run = subprocess.run(
+            command, env=os.environ | environment, check=True, capture_output=True, text=True
+        )
+        return float(run.stdout)
+
+    hurried = {"LD_PRELOAD": str(library)}
+    assert annealed("inf", **hurried) == annealed("inf")
+    assert annealed("1e6", **hurried) != annealed("1e6")  # the replaced clock is the solver's

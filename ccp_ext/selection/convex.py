@@ -26,8 +26,9 @@ _FACTORISATIONS = 12  # that take as long as a step
 _GRANTED = 0.25  # of the time that is left
 _BACK = 0.9  # of the way to where S becomes singular
 _SMALLEST_MIXED = 384  # free channels, of which the search alone gets further
-_ROUNDS, _SWEEPS, _LAST = 100, 3, 150
-_LEAST_MIXING = 100 * 2e-10  # seconds of use, a product of two vectors' entries
+_ROUNDS, _SWEEPS, _LAST = 1000, 2, 800
+_LEAST_MIXING = 100 * 2e-11  # seconds of use, a product of two vectors' entries
+_CERTIFYING = 4e-10  # seconds, a cubed channel
 _RANK = 1.8  # times the square root of the channels; that of some solution is sqrt(2 n) at most
 _COUPLING = 0.05  # of the mean diagonal
 _LEAST_GAIN = 0.02  # of a channel that the relaxation decides, beside 1/8 of one at 1/2
@@ -110,7 +111,8 @@ def semidefinite_bound(
     if size < _SMALLEST_MIXED:
         return -math.inf
     rank = math.ceil(_RANK * math.sqrt(size))
-    if _LEAST_MIXING * rank * size * size > seconds:
+    seconds -= _CERTIFYING * size**3
+    if _LEAST_MIXING * rank * size**2 > seconds:
         return -math.inf
     inner = _restricted(cost, core, mask & ~free)
     total = count - int(np.count_nonzero(mask & ~free))

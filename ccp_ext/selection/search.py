@@ -110,8 +110,8 @@ def select(
               until the best mask is proven optimal or a limit is reached. On binary masks
               m_i^2 = m_i, so the least eigenvalue of F is moved into u first: any F will do, but
               one far from positive semidefinite has a weak bound. Where hundreds of channels stay
-              undecided, half of the time goes into a semidefinite bound, and above a thousand the
-              rest into annealing: a gap of about 1% stays on strongly coupled costs.
+              undecided, up to half of the time goes into a semidefinite bound, and above a thousand
+              the rest into annealing: a gap of about 1% stays on strongly coupled costs.
             - "round" rounds the relaxation and exchanges pairs from there and from both greedy
               starts: the fastest good answer; it proves nothing.
             - "greedy" adds the cheapest channel r times, or gives channels back from the full set,

@@ -22,12 +22,20 @@ class Annealing {
         generator_(seed) {
     for (Index i = 0; i < problem.size; ++i) (mask_[i] ? chosen_ : others_).push_back(i);
     gradient_ = gradient(problem_, mask_);
-    for (Index i = 0; i < problem.size; ++i) half_.push_back(0.5 * problem.diagonal(i));
+    for (Index i = 0; i < problem.size; ++i) {
+      const double* entries = problem.row(i);
+      half_.push_back(0.5 * entries[i]);
+      most_.push_back(
+          std::max(rows.largest(i, entries), rows.largest(problem.size - i - 1, entries + i + 1)));
+      quadratic_.insert(quadratic_.end(), entries, entries + problem.size);
+    }
+    for (int k = 0; k < kChances; ++k) chances_.push_back(-std::log((k + 0.5) / kChances));
   }
 
   Mask run(std::int64_t proposals, Clock::time_point deadline, const Expired& expired) {
     if (chosen_.empty() || others_.empty()) return mask_;
     const Clock::time_point begin = Clock::now();
+    const bool timed = deadline != Clock::time_point::max();
     const double typical = typical_change();
     const double length = static_cast<double>(proposals) / (kShort * problem_.size);
     const double hottest = std::clamp(kHotter * std::cbrt(length), kHot, kHottest) * typical;
@@ -39,20 +47,23 @@ class Annealing {
     for (std::int64_t k = 0; k < proposals; ++k) {
       if (k % kStage == 0) {
         if (expired()) break;
-        // What is too long for the time cools faster; a deadline out of reach changes nothing.
-        const double spent = (Clock::now() - begin) / Seconds(deadline - begin);
-        const double done =
-            std::max(static_cast<double>(k) / proposals, spent > kNoticed ? spent : 0);
+        double done = static_cast<double>(k) / proposals;
+        // What is too long for the time cools faster.
+        if (timed) done = std::max(done, (Clock::now() - begin) / Seconds(deadline - begin));
         temperature = hottest * std::pow(cooling, done);
       }
-      const Index in = generator_.index(others_.size());
-      const Index out = generator_.index(chosen_.size());
-      if (!plain_ && problem_.weight[others_[in]] != problem_.weight[chosen_[out]]) continue;
-      const double rise = change(others_[in], chosen_[out]);
-      if (rise > 0 &&
-          (rise > kNever * temperature || generator_.unit() >= std::exp(-rise / temperature))) {
-        continue;
-      }
+      // One draw is enough: of its bits 32 place the one channel, 22 the other, and 10 are chance.
+      const std::uint64_t draw = generator_.next();
+      const Index in = (draw >> 32) * others_.size() >> 32;
+      const Index out = (draw >> 10 & 0x3fffff) * chosen_.size() >> 22;
+      const double accepted = temperature * chances_[draw & (kChances - 1)];
+      const Index enter = others_[in];
+      const Index leave = chosen_[out];
+      const double alone = gradient_[enter] + half_[enter] + half_[leave] - gradient_[leave];
+      if (alone - most_[enter] > accepted) continue;  // mostly so, which spares a look at S
+      const double rise = alone - row(enter)[leave];
+      if (rise > accepted) continue;
+      if (!plain_ && problem_.weight[enter] != problem_.weight[leave]) continue;
       swap(in, out);
       cost += rise;
       if (cost < least) {
@@ -64,9 +75,10 @@ class Annealing {
   }
 
  private:
+  const float* row(Index i) const { return &quadratic_[i * problem_.size]; }
+
   double change(Index enter, Index leave) const {
-    return gradient_[enter] + half_[enter] + half_[leave] - gradient_[leave] -
-           problem_.row(enter)[leave];
+    return gradient_[enter] + half_[enter] + half_[leave] - gradient_[leave] - row(enter)[leave];
   }
 
   double typical_change() {
@@ -85,9 +97,7 @@ class Annealing {
     std::swap(others_[in], chosen_[out]);
     mask_[enter] = 1;
     mask_[leave] = 0;
-    const double* plus = problem_.row(enter);
-    const double* minus = problem_.row(leave);
-    rows.add_difference(problem_.size, 1, plus, minus, gradient_.data());
+    rows.add_float_difference(problem_.size, row(enter), row(leave), gradient_.data());
   }
 
   static constexpr std::int64_t kStage = 1024;
@@ -97,17 +107,19 @@ class Annealing {
   static constexpr double kHotter = 0.05;  // times the cube root of the length
   static constexpr double kHottest = 0.2;
   static constexpr double kColdest = 0.0075;
-  static constexpr double kShort = 2000;    // proposals a channel
-  static constexpr double kNoticed = 1e-6;  // of the time
-  static constexpr double kNever = 30;      // exp(-30) is less than one in 10^13
+  static constexpr double kShort = 2000;  // proposals a channel
+  static constexpr int kChances = 1024;
 
   const Problem& problem_;
   Mask mask_;
   std::vector<Index> chosen_;
   std::vector<Index> others_;
   std::vector<double> gradient_;
-  std::vector<double> half_;  // of the diagonal
-  bool plain_;                // all channels weigh 1
+  std::vector<double> half_;      // of the diagonal
+  std::vector<double> most_;      // of a row beside its diagonal
+  std::vector<float> quadratic_;  // S, in single precision for the sake of the memory's speed
+  std::vector<double> chances_;   // a change by as many temperatures is accepted
+  bool plain_;                    // all channels weigh 1
   SplitMix64 generator_;
 };
 

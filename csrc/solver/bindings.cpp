@@ -60,8 +60,9 @@ solver::Problem make_problem(const Doubles& quadratic, const Doubles& linear,
 }
 
 std::chrono::steady_clock::time_point deadline_in(double seconds) {
-  // A century of waiting is forever, and does not overflow the clock.
-  const auto patience = std::chrono::duration<double>(std::min(seconds, 3e9));
+  // A century of waiting is forever, and would overflow the clock soon.
+  if (seconds > 3e9) return std::chrono::steady_clock::time_point::max();
+  const auto patience = std::chrono::duration<double>(seconds);
   return std::chrono::steady_clock::now() +
          std::chrono::duration_cast<std::chrono::steady_clock::duration>(patience);
 }

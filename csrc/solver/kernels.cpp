@@ -7,8 +7,9 @@
 #include "../cpu/isa.h"
 
 namespace ccp::cpu {
+using solver::FloatProduct;
 using solver::GainTerms;
-}
+}  // namespace ccp::cpu
 
 #define CCP_KERNELS "row_kernels.h"
 #include "../cpu/for_each_isa.h"

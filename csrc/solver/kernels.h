@@ -17,6 +17,22 @@ struct GainTerms {
   double least;  // gradient of channel `up`
 };
 
+constexpr Index kFloats = 16;  // of a line
+
+// sum [rows, width] += left [rows, count] right [count, width]; kFloats must divide the width. The
+// terms of an entry are added one after the other.
+struct FloatProduct {
+  Index rows;
+  Index count;
+  Index width;
+  const float* left;
+  Index left_stride;
+  const float* right;
+  Index right_stride;
+  float* sum;
+  Index sum_stride;
+};
+
 // Where an index is returned, it is that of the first of equal values, and -1 if all are infinite.
 struct RowKernels {
   // sum += factor * row
@@ -24,7 +40,9 @@ struct RowKernels {
   // sum += factor * (plus - minus)
   void (*add_difference)(Index size, double factor, const double* plus, const double* minus,
                          double* sum);
-  // The same; returns where sum + penalty is least then.
+  // sum += plus - minus
+  void (*add_float_difference)(Index size, const float* plus, const float* minus, double* sum);
+  // sum += factor * (plus - minus); returns where sum + penalty is least then.
   Index (*add_difference_and_find_least)(Index size, double factor, const double* plus,
                                          const double* minus, const double* penalty, double* sum);
   // Where a + b is least.
@@ -32,9 +50,11 @@ struct RowKernels {
   // Where a - factor * b is least.
   Index (*find_least_difference)(Index size, double factor, const double* a, const double* b);
   Index (*find_largest_gain)(Index size, const GainTerms& terms);
-  // sum += the rows of a matrix [count, width], each times its factor; 8 must divide the width.
-  void (*combine)(Index count, Index width, const double* factors, const double* matrix,
-                  double* sum);
+  void (*add_product)(const FloatProduct& terms);
+  // Moves multipliers, which are `given` minus `modified`, by -step * products, but not below zero,
+  // and their mean towards them.
+  void (*move_multipliers)(Index size, float step, float share, const float* products,
+                           const float* given, float* modified, float* mean);
   double (*dot)(Index size, const double* a, const double* b);
   double (*absolute_sum)(Index size, const double* row);
   double (*largest)(Index size, const double* row);  // -infinity if there is none

@@ -78,8 +78,9 @@ std::array<Mask, 2> greedy(const Problem& problem, Index r, const Checkpoint& ch
 Mask enumerate(const Problem& problem, Index r, const Checkpoint& checkpoint);
 
 // Simulated annealing over random exchanges, with a fixed number of proposals from a temperature
-// that the start's changes set; it cools faster where the deadline would come before the end.
-// Exchanges channels of equal weight only. Returns the best mask met, the start if none was better.
+// that the start's changes set; it cools faster where the deadline would come before the end. One
+// at time_point::max() is none, and the clock is not looked at. Exchanges channels of equal weight
+// only. Returns the best mask met, the start if none was better; S is read in single precision.
 Mask anneal(const Problem& problem, Mask start, std::int64_t proposals, std::uint64_t seed,
             std::chrono::steady_clock::time_point deadline, const Expired& expired);
 

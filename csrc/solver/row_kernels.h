@@ -1,11 +1,14 @@
-// Loops over rows of doubles. Included once per instruction set, hence no include guard. Eight
-// fixed lanes and no contraction: every instruction set gives the same bits.
+// Loops over rows of doubles and of floats. Included once per instruction set, hence no include
+// guard. Eight fixed lanes and no contraction: every instruction set gives the same bits.
 namespace ccp::cpu::CCP_ISA {
 
 using solver::Index;
+using solver::kFloats;
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef long long Integers __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+typedef float EightFloats __attribute__((vector_size(32)));
 constexpr Index kLanes = 8;
 
 #define CCP_INLINE inline __attribute__((always_inline))
@@ -16,7 +19,20 @@ CCP_INLINE Doubles load(const double* address) {
   return value;
 }
 
-CCP_INLINE void store(double* address, Doubles value) {
+CCP_INLINE Floats load(const float* address) {
+  Floats value;
+  __builtin_memcpy(&value, address, sizeof value);
+  return value;
+}
+
+CCP_INLINE Doubles load_as_doubles(const float* address) {
+  EightFloats value;
+  __builtin_memcpy(&value, address, sizeof value);
+  return __builtin_convertvector(value, Doubles);
+}
+
+template <class Value, class Vector>
+CCP_INLINE void store(Value* address, Vector value) {
   __builtin_memcpy(address, &value, sizeof value);
 }
 
@@ -68,6 +84,14 @@ void add_difference(Index size, double factor, const double* plus, const double*
     store(sum + j, load(sum + j) + factor * (load(plus + j) - load(minus + j)));
   }
   for (; j < size; ++j) sum[j] += factor * (plus[j] - minus[j]);
+}
+
+void add_float_difference(Index size, const float* plus, const float* minus, double* sum) {
+  Index j = 0;
+  for (; j + kLanes <= size; j += kLanes) {
+    store(sum + j, load(sum + j) + (load_as_doubles(plus + j) - load_as_doubles(minus + j)));
+  }
+  for (; j < size; ++j) sum[j] += static_cast<double>(plus[j]) - minus[j];
 }
 
 Index add_difference_and_find_least(Index size, double factor, const double* plus,
@@ -122,26 +146,68 @@ Index find_largest_gain(Index size, const GainTerms& terms) {
   return least.finish(j, size, tail);
 }
 
-template <Index kWide>
-CCP_INLINE void combine_columns(Index count, Index width, const double* factors,
-                                const double* matrix, double* sum) {
-  Doubles total[kWide];
-  for (Index k = 0; k < kWide; ++k) total[k] = load(sum + k * kLanes);
-  for (Index j = 0; j < count; ++j) {
-    for (Index k = 0; k < kWide; ++k) {
-      total[k] += factors[j] * load(matrix + j * width + k * kLanes);
+// kHigh rows of a product, kWide vectors of each.
+template <Index kHigh, Index kWide>
+CCP_INLINE void add_tile(const FloatProduct& terms, Index row, Index column, Index from,
+                         Index end) {
+  const float* const left = terms.left + row * terms.left_stride;
+  const float* const right = terms.right + column;
+  float* const sum = terms.sum + row * terms.sum_stride + column;
+  Floats total[kHigh][kWide];
+  for (Index i = 0; i < kHigh; ++i) {
+    for (Index j = 0; j < kWide; ++j) {
+      total[i][j] = load(sum + i * terms.sum_stride + j * kFloats);
     }
   }
-  for (Index k = 0; k < kWide; ++k) store(sum + k * kLanes, total[k]);
+  for (Index k = from; k < end; ++k) {
+    Floats line[kWide];
+    for (Index j = 0; j < kWide; ++j) line[j] = load(right + k * terms.right_stride + j * kFloats);
+    for (Index i = 0; i < kHigh; ++i) {
+      const float factor = left[i * terms.left_stride + k];
+      for (Index j = 0; j < kWide; ++j) total[i][j] += factor * line[j];
+    }
+  }
+  for (Index i = 0; i < kHigh; ++i) {
+    for (Index j = 0; j < kWide; ++j) {
+      store(sum + i * terms.sum_stride + j * kFloats, total[i][j]);
+    }
+  }
 }
 
-void combine(Index count, Index width, const double* factors, const double* matrix, double* sum) {
-  Index k = 0;
-  for (; k + 8 * kLanes <= width; k += 8 * kLanes) {
-    combine_columns<8>(count, width, factors, matrix + k, sum + k);
+template <Index kHigh, Index kWide>
+CCP_INLINE void add_columns(const FloatProduct& terms, Index column, Index from, Index end) {
+  Index row = 0;
+  for (; row + kHigh <= terms.rows; row += kHigh) {
+    add_tile<kHigh, kWide>(terms, row, column, from, end);
   }
-  for (; k < width; k += kLanes) {
-    combine_columns<1>(count, width, factors, matrix + k, sum + k);
+  for (; row < terms.rows; ++row) add_tile<1, kWide>(terms, row, column, from, end);
+}
+
+// A panel of the right matrix stays in the cache for all rows of the left one, a tile of the sum in
+// the registers for a panel.
+void add_product(const FloatProduct& terms) {
+  constexpr Index kPanel = 128;
+  constexpr Index kHigh = CCP_VECTOR_BYTES == 64 ? 8 : 4;
+  constexpr Index kWide = CCP_VECTOR_BYTES == 64 ? 3 : 1;
+  for (Index from = 0; from < terms.count; from += kPanel) {
+    const Index end = std::min(from + kPanel, terms.count);
+    Index column = 0;
+    for (; column + kWide * kFloats <= terms.width; column += kWide * kFloats) {
+      add_columns<kHigh, kWide>(terms, column, from, end);
+    }
+    for (; column < terms.width; column += kFloats) {
+      add_columns<kHigh, 1>(terms, column, from, end);
+    }
+  }
+}
+
+void move_multipliers(Index size, float step, float share, const float* products,
+                      const float* given, float* modified, float* mean) {
+  for (Index j = 0; j < size; ++j) {
+    const float moved = given[j] - modified[j] - step * products[j];
+    const float after = moved > 0 ? moved : 0;
+    modified[j] = given[j] - after;
+    mean[j] += share * (after - mean[j]);
   }
 }
 
@@ -184,11 +250,13 @@ double largest(Index size, const double* row) {
 solver::RowKernels row_kernels() {
   return {add,
           add_difference,
+          add_float_difference,
           add_difference_and_find_least,
           find_least_sum,
           find_least_difference,
           find_largest_gain,
-          combine,
+          add_product,
+          move_multipliers,
           dot,
           absolute_sum,
           largest};
