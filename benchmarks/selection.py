@@ -1,7 +1,7 @@
 """Channel selection: time to the first mask and to a proven optimum, or the gap that a time limit
 leaves, beside other solvers with the same limit.
 
-python -m benchmarks.selection [--instances folder of .npz files with Q and r] [--rivals]
+python -m benchmarks.selection [--instances folder of .npz files with Q and r] [--rivals] [--long]
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import numpy as np
 from benchmarks.common import write_results
 from benchmarks.selection_rivals import RIVALS
 from ccp_ext.report import table
-from ccp_ext.selection import curve, select
+from ccp_ext.selection import Choice, curve, select
+
+LONG = {256: 10.0, 512: 60.0, 2048: 60.0}  # channels and seconds
+SEEDS = {2048: 4}  # of the generated instances with a long run
 
 
 def main() -> None:
@@ -28,28 +31,44 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of what is fast")
     parser.add_argument("--rivals", action="store_true", help="run the other solvers, too")
+    parser.add_argument(
+        "--long", action="store_true", help="10 s with 256 channels, 60 s with 512 and 2048, too"
+    )
     options = parser.parse_args()
     rivals = [rival for rival in RIVALS if options.rivals and rival.installed()]
     for rival in RIVALS:
         if options.rivals and rival not in rivals:
             print(f"{rival.name} is skipped: the package {rival.package} is not installed")
-    rows, compared = [], []
+    settings = {key: value for key, value in vars(options).items() if key != "instances"}
+    rows, compared, searched = [], [], []
+
+    def write() -> Path:  # what is done, if the rest is interrupted
+        tables = {"rows": rows, "rivals": compared, "long": searched}
+        load = os.getloadavg()[0]
+        return write_results("selection", {"settings": settings, "load average": load} | tables)
+
     for name, samples, r in _instances(options.instances, options.channels):
-        F, u = samples.T @ samples / len(samples), samples.mean(axis=0)
+        F, u = _cost(samples)
         rows.append(_measure(name, F, u, r, options.time_limit, options.rounds))
         print(table(rows[-1:]), flush=True)
         for rival in rivals:
             if len(u) <= rival.largest:
                 compared.append(_compare(rival, rows[-1], F, u, r, options.time_limit))
                 print(table(compared[-1:]), flush=True)
-        load = os.getloadavg()[0]
-        settings = {key: value for key, value in vars(options).items() if key != "instances"}
-        content = {"settings": settings, "load average": load, "rows": rows, "rivals": compared}
-        path = write_results("selection", content)  # what is done, if the rest is interrupted
+        write()
+    instances = _long_instances(options.instances, options.channels) if options.long else ()
+    for name, samples, r in instances:
+        F, u = _cost(samples)
+        limit = LONG[len(u)]
+        found = _timed(select, F, u=u, r=r, method="branch_and_bound", time_limit=limit)
+        searched.append(_outcome(name, *found) | {"time limit": limit})
+        print(table(searched[-1:]), flush=True)
+        write()
     print(table(rows))
     print(table(compared))
-    print(f"load average at the end: {load:.1f}")
-    print(path)
+    print(table(searched))
+    print(f"load average at the end: {os.getloadavg()[0]:.1f}")
+    print(write())
 
 
 def low_rank_plus_noise(channels: int, seed: int = 0) -> np.ndarray:
@@ -76,7 +95,10 @@ def like_a_layer(channels: int, rank: int = 12, seed: int = 0) -> np.ndarray:
     return scale * hardness * (common + own)
 
 
-def _instances(folder: Path | None, channels: list[int]) -> Iterator[tuple[str, np.ndarray, int]]:
+Instance = tuple[str, np.ndarray, int]  # name, samples and count
+
+
+def _instances(folder: Path | None, channels: list[int]) -> Iterator[Instance]:
     for file in sorted(folder.glob("*.npz")) if folder else ():
         with np.load(file) as data:
             yield file.stem, data["Q"].astype(np.float64), int(data["r"])
@@ -84,6 +106,19 @@ def _instances(folder: Path | None, channels: list[int]) -> Iterator[tuple[str, 
         yield f"generated_c{size}", low_rank_plus_noise(size), size // 2
         if size >= 1024:
             yield f"like_a_layer_c{size}", like_a_layer(size), size // 2
+
+
+def _long_instances(folder: Path | None, channels: list[int]) -> Iterator[Instance]:
+    for name, samples, r in _instances(folder, channels):
+        if samples.shape[1] in LONG:
+            yield name, samples, r
+    for size in channels:
+        for seed in range(1, SEEDS.get(size, 1)):
+            yield f"generated_c{size}, seed {seed}", low_rank_plus_noise(size, seed), size // 2
+
+
+def _cost(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return samples.T @ samples / len(samples), samples.mean(axis=0)
 
 
 def _measure(
@@ -97,23 +132,29 @@ def _measure(
     counts = range(0, len(u) + 1, 1 if len(u) < 1024 else 16)
     path, *curve_seconds = _timed(curve, F, u=u, counts=counts)
     spread = choice.random - choice.lower_bound
-    return {
-        "instance": name,
-        "channels": len(u),
-        "status": choice.status,
-        "objective": choice.objective,
-        "lower bound": choice.lower_bound,
-        "random": choice.random,
-        "gap, % of spread": 100 * choice.relative_gap,
-        "nodes": choice.nodes,
-        "seconds": median(seconds for _, seconds, _ in found),
-        "CPU seconds": median(cpu for _, _, cpu in found),
+    seconds, cpu = median(s for _, s, _ in found), median(cpu for _, _, cpu in found)
+    return _outcome(name, choice, seconds, cpu) | {
         "round, ms": 1e3 * median(seconds for _, seconds, _ in first),
         "round, CPU ms": 1e3 * median(cpu for _, _, cpu in first),
         "round, % above best": 100 * (first[0][0].objective - choice.objective) / spread,
         "curve, counts": len(path.counts),
         "curve, CPU seconds": curve_seconds[1],
         "curve, largest gap %": 100 * float((path.objective - path.lower_bound).max()) / spread,
+    }
+
+
+def _outcome(name: str, choice: Choice, seconds: float, cpu: float) -> dict[str, object]:
+    return {
+        "instance": name,
+        "channels": len(choice.removed),
+        "status": choice.status,
+        "objective": choice.objective,
+        "lower bound": choice.lower_bound,
+        "random": choice.random,
+        "gap, % of spread": 100 * choice.relative_gap,
+        "nodes": choice.nodes,
+        "seconds": seconds,
+        "CPU seconds": cpu,
     }
 
 

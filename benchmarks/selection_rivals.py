@@ -150,7 +150,7 @@ def _cp_sat(F: np.ndarray, u: np.ndarray, r: int, seconds: float) -> Solution:
 
 
 RIVALS = (
-    Rival("tabu", "dwave", 512, _tabu),
+    Rival("tabu", "dwave", 2048, _tabu),
     Rival("annealing", "dwave", 512, _annealing),
     Rival("Gurobi", "gurobipy", 200, _gurobi),  # what its size-limited licence allows
     Rival("SCIP", "pyscipopt", 64, _scip),

@@ -20,6 +20,7 @@ from benchmarks import (
     latency,
     networks,
     scaling,
+    selection,
     statistics_cost,
     suite,
     sweep,
@@ -52,6 +53,23 @@ ROW = {
     "% of two-stream read": float,
     "time over ours": float,
 }
+
+
+def test_selection_is_measured_briefly_and_at_length(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(selection, "LONG", {20: 0.5})
+    monkeypatch.setattr(selection, "SEEDS", {20: 2})
+    arguments = "selection --channels 16 20 --rounds 1 --time-limit 0.5 --long"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    selection.main()
+    written = json.loads((tmp_path / "selection.json").read_text())
+    assert [row["channels"] for row in written["rows"]] == [16, 20]
+    assert [row["instance"] for row in written["long"]] == [
+        "generated_c20",
+        "generated_c20, seed 1",
+    ]
+    assert {row["status"] for row in written["rows"] + written["long"]} == {"optimal"}
+    assert written["rows"][1]["objective"] == written["long"][0]["objective"]
 
 
 def test_predicted_latencies_stand_beside_measured_ones(tmp_path, monkeypatch) -> None:
