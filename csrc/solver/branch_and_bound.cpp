@@ -211,10 +211,11 @@ class Search {
     const double before = least_;
     const bool hopeless = core_.problem.size > kLargestSearched;
     const std::int64_t most = limits_.nodes == 0 ? 1 : hopeless ? kLongest : kMostUnits;
-    for (std::int64_t units = hopeless ? most : 1; units <= most; units *= 2) {
+    int vain = 0;  // annealings in a row
+    for (std::int64_t units = hopeless ? most : 1; units <= most && vain < 2; units *= 2) {
       const double least = least_;
       anneal_core(units);
-      if (least_ == least) break;
+      vain = least_ == least ? vain + 1 : 0;
     }
     if (least_ < before) make_core();
     if (core_.channels.empty()) {
@@ -391,9 +392,9 @@ class Search {
   static constexpr double kRoundedPrecision = 1e-3;  // of the cost
   static constexpr double kBoundPrecision = 1e-5;
   static constexpr std::int64_t kProposals = 2000;  // a channel, for a unit of annealing
-  static constexpr std::int64_t kMostUnits = 16;    // before the search
+  static constexpr std::int64_t kMostUnits = 64;    // before the search
   static constexpr Index kLargestSearched = 1024;   // more channels leave no time for nodes
-  static constexpr std::int64_t kLongest = 512;     // before their search
+  static constexpr std::int64_t kLongest = 1024;    // before their search
   static constexpr std::int64_t kRounding = 32;
   static constexpr std::int64_t kNodesWorthAnnealing = 1 << 25;  // times the squared channels
   static constexpr std::int64_t kReporting = 64;

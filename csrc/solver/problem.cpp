@@ -3,29 +3,45 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "kernels.h"
 
 namespace ccp::solver {
 
 Symmetrised symmetrise(Index size, const double* matrix, double* mean) {
-  constexpr Index kTile = 32;  // two tiles fit in the first cache
-  Symmetrised found{0, 0, 0};
+  constexpr Index kTile = 32;
+  double turned[kTile][kTile];  // a tile above the diagonal, in the order of the one below
+  double asymmetry[kTile] = {}, largest[kTile] = {}, sum[kTile] = {};  // by column
   for (Index top = 0; top < size; top += kTile) {
+    const Index height = std::min(kTile, size - top);
     for (Index left = 0; left <= top; left += kTile) {
-      for (Index i = top; i < std::min(top + kTile, size); ++i) {
-        for (Index j = left; j < std::min(left + kTile, i + 1); ++j) {
-          const double a = 0.5 * matrix[i * size + j];  // halves, because the sum may overflow
-          const double b = 0.5 * matrix[j * size + i];
-          mean[i * size + j] = mean[j * size + i] = a + b;
-          found.asymmetry = std::max(found.asymmetry, 2 * std::abs(a - b));
-          found.largest = std::max({found.largest, 2 * std::abs(a), 2 * std::abs(b)});
-          found.absolute_sum += (i == j ? 1 : 2) * (std::abs(a) + std::abs(b));
+      const Index width = std::min(kTile, size - left);
+      for (Index j = 0; j < width; ++j) {
+        const double* const row = matrix + (left + j) * size + top;
+        for (Index i = 0; i < height; ++i) turned[i][j] = row[i];
+      }
+      const double times = left == top ? 1 : 2;
+      for (Index i = 0; i < height; ++i) {
+        const double* const row = matrix + (top + i) * size + left;
+        double* const out = mean + (top + i) * size + left;
+        for (Index j = 0; j < width; ++j) {
+          const double a = 0.5 * row[j];  // halves, because the sum may overflow
+          const double b = 0.5 * turned[i][j];
+          out[j] = turned[i][j] = a + b;
+          asymmetry[j] = std::max(asymmetry[j], 2 * std::abs(a - b));
+          largest[j] = std::max(largest[j], 2 * std::max(std::abs(a), std::abs(b)));
+          sum[j] += times * (std::abs(a) + std::abs(b));
         }
+      }
+      for (Index j = 0; j < width; ++j) {
+        double* const out = mean + (left + j) * size + top;
+        for (Index i = 0; i < height; ++i) out[i] = turned[i][j];
       }
     }
   }
-  return found;
+  return {*std::max_element(asymmetry, asymmetry + kTile),
+          *std::max_element(largest, largest + kTile), std::accumulate(sum, sum + kTile, 0.0)};
 }
 
 double objective(const Problem& problem, const Mask& mask) {
