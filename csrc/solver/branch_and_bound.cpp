@@ -211,8 +211,9 @@ class Search {
     const double before = least_;
     const bool hopeless = core_.problem.size > kLargestSearched;
     const std::int64_t most = limits_.nodes == 0 ? 1 : hopeless ? kLongest : kMostUnits;
+    const int patience = core_.problem.size > kLargestFinished ? 2 : 1;
     int vain = 0;  // annealings in a row
-    for (std::int64_t units = hopeless ? most : 1; units <= most && vain < 2; units *= 2) {
+    for (std::int64_t units = hopeless ? most : 1; units <= most && vain < patience; units *= 2) {
       const double least = least_;
       anneal_core(units);
       vain = least_ == least ? vain + 1 : 0;
@@ -393,6 +394,7 @@ class Search {
   static constexpr double kBoundPrecision = 1e-5;
   static constexpr std::int64_t kProposals = 2000;  // a channel, for a unit of annealing
   static constexpr std::int64_t kMostUnits = 64;    // before the search
+  static constexpr Index kLargestFinished = 192;    // mostly within a second
   static constexpr Index kLargestSearched = 1024;   // more channels leave no time for nodes
   static constexpr std::int64_t kLongest = 1024;    // before their search
   static constexpr std::int64_t kRounding = 32;

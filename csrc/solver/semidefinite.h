@@ -18,7 +18,7 @@ struct MixingSchedule {
   Index rank;    // of X
   Index rounds;  // of sweeps, with multipliers that rise where X_ij < 0
   Index sweeps;  // a round
-  Index last;    // sweeps with the multipliers' mean over the last two thirds of the rounds
+  Index last;    // sweeps with the multipliers' mean over the rounds, mostly the late ones
   std::chrono::steady_clock::time_point rounds_end;
   std::chrono::steady_clock::time_point deadline;
 };
