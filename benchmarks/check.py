@@ -27,12 +27,12 @@ from benchmarks.sweep import error_of
 MAPS = (
     (2, 5, 6, 7),
     (3, 33, 9, 8),
-    (2, 72, 4, 4),  # wide loads along the channels; two tiles of maps
+    (4, 72, 8, 8),  # wide loads along the channels; two tiles of maps; large tiles of patches
     (1, 3, 25, 43),  # a block for each row
     (1, 8, 48, 50),  # a warp for each row; the positions in parts
 )
 ROWS = ((5, 71), (33, 16), (200, 16))  # the last in parts
-WINDOW = Window(3, 2, 1)
+WINDOW = Window(3, 1, 1)  # by pieces from 33 channels on, else by patches
 WIDTHS = (3, 16, 33)
 
 

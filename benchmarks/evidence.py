@@ -26,6 +26,7 @@ from ccp_ext.report import table
 HALVES = {"first half": range(5000), "second half": range(5000, 10_000)}
 ACCURACIES = (*HALVES, "test")
 UNPRUNED = "unpruned"
+REFIT_MEMORY = 16  # GiB: every layer of ResNet-56 has all of 5,000 images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evidence import UNPRUNED, Rows, Subject, add_arguments
+from benchmarks.evidence import REFIT_MEMORY, UNPRUNED, Rows, Subject, add_arguments
 from ccp_ext import criteria, surgery
 from ccp_ext.auxiliary import AuxiliaryHeads, train_heads
 from ccp_ext.compensation import refit
@@ -111,7 +111,8 @@ def _pruned(subject: Subject, options: Any, arm: Arm, seed: int) -> nn.Module:
     costs = criterion.costs(subject.model, subject.graph, data)
     plan = make_plan(subject.graph, costs, macs=arm.macs, allocation=arm.allocation)
     model = surgery.prune(copy.deepcopy(subject.model), plan)
-    refit(subject.model, model, subject.draw(seed, -options.refit_images), seed=seed)
+    images = subject.draw(seed, -options.refit_images)
+    refit(subject.model, model, images, memory=REFIT_MEMORY, seed=seed)
     return model
 
 

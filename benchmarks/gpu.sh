@@ -47,7 +47,8 @@ limited() {
     return 124
   fi
   echo "+ $*" | tee -a "$LOG"
-  timeout --kill-after=5 $((left < seconds ? left : seconds)) "$@" 2>&1 | tee -a "$LOG"
+  timeout --signal="${SIGNAL:-TERM}" --kill-after=8 $((left < seconds ? left : seconds)) \
+    "$@" 2>&1 | tee -a "$LOG"
 }
 
 build() {
@@ -66,7 +67,8 @@ run_tests() {
     limited 120 "$PYTHON" -m pytest -q -m gpu
     return
   fi
-  limited 120 "$PYTHON" -m pytest -q -m gpu -rs --maxfail=30 --durations=15
+  # Interrupted, pytest still says what failed so far.
+  SIGNAL=INT limited 150 "$PYTHON" -m pytest -q -m gpu -rs --maxfail=30 --durations=15
 }
 
 ops() {
@@ -85,9 +87,11 @@ compile() {
 
 model() {
   local failed=0
-  local statistics=("$PYTHON" -m benchmarks.statistics_cost --network resnet50 --output "$OUT")
-  local size=(--device cuda --rounds 9) measured=$OUT/statistics_resnet50_bfloat16.json
-  [ -z "$DRY" ] || size=(--device cpu --image-size 32 --batch-size 2 --rounds 3)
+  local network=resnet50
+  [ -z "$DRY" ] || network=resnet56
+  local statistics=("$PYTHON" -m benchmarks.statistics_cost --network $network --output "$OUT")
+  local size=(--device cuda --rounds 9) measured=$OUT/statistics_${network}_bfloat16.json
+  [ -z "$DRY" ] || size=(--device cpu --batch-size 2 --rounds 3)
   limited 70 "${statistics[@]}" "${size[@]}" --seconds 4 --channels-last --autocast \
     --tag _bfloat16 --methods "${OURS[@]}" || failed=1
   [ -n "$DRY" ] || size+=(--batch-size 64)
@@ -108,7 +112,7 @@ sanitize() {
   fi
   for tool in memcheck racecheck initcheck synccheck; do
     # Only this project's kernels; every allocation its own, so that its ends are seen.
-    limited 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    limited 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --kernel-name kns=ccp --error-exitcode 1 --print-limit 10 \
       "$PYTHON" -m benchmarks.check --device cuda || failed=1
   done

@@ -19,7 +19,7 @@ from functools import lru_cache
 from statistics import mean
 from typing import Any
 
-from benchmarks.evidence import UNPRUNED, Rows, Subject, accuracies, add_arguments
+from benchmarks.evidence import REFIT_MEMORY, UNPRUNED, Rows, Subject, accuracies, add_arguments
 from ccp_ext import criteria, surgery
 from ccp_ext.compensation import LAYERS, reestimate_batchnorm, refit
 from ccp_ext.criteria import gather
@@ -88,7 +88,8 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
     plan = make_plan(subject.graph, costs, macs=MACS_KEPT, allocation=allocation)
     slim = surgery.prune(copy.deepcopy(subject.model), plan)
     images = subject.draw(seed, -options.refit_images)
-    left = refit(subject.model, slim, images, layers=options.layers, joint=options.joint, seed=seed)
+    settings = {"layers": options.layers, "joint": options.joint, "memory": REFIT_MEMORY}
+    left = refit(subject.model, slim, images, **settings, seed=seed)
     for repair in repairs:
         if repair != "refit":
             reestimate_batchnorm(slim, images.batches(250))

@@ -1,7 +1,7 @@
 """Remove whole channels of convolutional networks, chosen by their joint effect on the loss.
 
 The way through: :func:`trace`, :func:`collect`, :func:`make_plan`, :func:`prune`,
-:func:`reestimate_batchnorm`, :mod:`ccp_ext.finetune`, :func:`save`, :func:`load`.
+:func:`refit`, :mod:`ccp_ext.finetune`, :func:`save`, :func:`load`.
 """
 
 from __future__ import annotations

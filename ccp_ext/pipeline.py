@@ -39,6 +39,7 @@ from ccp_ext.statistics import Statistics, collect
 
 BUDGETS = ("macs", "params", "activations", "latency", "ratio")
 LATENCY_FILE, LATENCY_STEP = "latency.json", 8
+HEADS_FILE = "heads.pt"
 HEAD_IMAGES = 5_000  # that auxiliary heads are trained on before they take part in fine-tuning
 COLUMNS = ("stage", "accuracy %", "loss", "MACs", "parameters", "latency ms")
 
@@ -146,7 +147,7 @@ def run(
     Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
     ``snapshot.safetensors`` (what the report's page shows of the statistics) and ``report.json``
     (last, so a report means that the rest is whole), ``latency.json`` if it measured a latency
-    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt`` and
+    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt``, ``heads.pt`` and
     ``finetune.pt``, and with several rounds a plan of each.
 
     Returns:
@@ -211,7 +212,9 @@ def _run(
             inputs.train,
             settings.finetune,
             teacher=rounds.plain if settings.distil else None,
-            auxiliary=auxiliary_heads(model, inputs, heads, settings.seed, progress=progress),
+            auxiliary=auxiliary_heads(
+                model, inputs, heads, settings.seed, folder.path / HEADS_FILE, progress=progress
+            ),
             checkpoint=folder.path / "finetune.pt",
             log=folder.path / "finetune.csv",
             progress=progress,
@@ -225,17 +228,24 @@ def _run(
         "refits": rounds.refits,
     }
     folder.write("report.json", report)
-    folder.remove("stages.json", "forecast.json", "finetune.pt", *rounds.temporary_files())
+    temporary = ("stages.json", "forecast.json", "finetune.pt", HEADS_FILE)
+    folder.remove(*temporary, *rounds.temporary_files())
     return report
 
 
 def auxiliary_heads(
-    model: nn.Module, inputs: Inputs, count: int, seed: int, *, progress: bool
+    model: nn.Module, inputs: Inputs, count: int, seed: int, file: Path, *, progress: bool
 ) -> AuxiliaryHeads | None:
     """So many heads for a model of the subject, pruned or not; None for 0.
 
     They are trained on the model as it is: the gradients of heads with random weights would undo
     more of it than a short schedule mends.
+
+    Args:
+        file: where the trained ones are kept for a run that is interrupted afterwards.
+
+    Raises:
+        InputError: the file is there, but does not hold such heads.
     """
     if not count:
         return None
@@ -243,9 +253,23 @@ def auxiliary_heads(
         torch.manual_seed(seed)
         graph = trace(model, inputs.example)
         heads = AuxiliaryHeads.spread(model, graph, inputs.train.num_classes, count=count)
+    if file.exists():
+        _load_heads(heads, file)
+        return heads
     images = sample(inputs.train, HEAD_IMAGES, seed, "auxiliary heads")
     train_heads(model, heads, images, seed=seed, progress=progress)
+    with files.atomic_path(file) as temporary:
+        torch.save(heads.state_dict(), temporary)
     return heads
+
+
+def _load_heads(heads: AuxiliaryHeads, file: Path) -> None:
+    state = files.load_tensors(file)
+    try:
+        heads.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{file} is damaged; remove it to go on") from error
+    heads.eval()
 
 
 @dataclass

@@ -20,6 +20,11 @@ struct Half {
   uint16_t bits;
 };
 
+template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
+
 CCP_HD float float_from_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

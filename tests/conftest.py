@@ -5,6 +5,8 @@ import os
 # Threads that wait would otherwise spin, and take the cores from those with work. Read by OpenMP
 # when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without it torch takes cuBLAS for not deterministic, as poisoned_allocations demands it to be.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ import torch
 from ccp_ext import models
 from ccp_ext._build import build_info
 from ccp_ext.compensation import reestimate_batchnorm
+
+# A GPU's convolutions would otherwise round float32 to TF32, and be further from the CPU's than the
+# tests allow.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def _why_no_gpu() -> str | None:

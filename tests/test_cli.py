@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from safetensors import safe_open
 import ccp_ext
 from ccp_ext import cli, criteria, models, pipeline
 from ccp_ext.criteria import gathering
+from ccp_ext.files import locked
 
 
 def prune_command(inputs, output, **changes):
@@ -94,6 +100,60 @@ def test_fine_tuning_has_the_criterions_auxiliary_heads_unless_others_are_asked_
     command = prune_command(inputs, tmp_path / "run", epochs=1, repair="none", **options)
     assert cli.main(command) == 0
     assert heads == [expected]
+
+
+def test_heads_that_were_trained_before_a_stop_are_not_again(inputs, tmp_path, capsys, monkeypatch):
+    output, trained, original = tmp_path / "run", [], pipeline.train_heads
+    options = {"criterion": "ccp-ac", "epochs": 1, "repair": "none", "images": 32}
+    command = prune_command(inputs, output, **options)
+
+    def counted(model, heads, *arguments, **others):
+        trained.append(len(heads.heads))
+        return original(model, heads, *arguments, **others)
+
+    def interrupted(model, *_, auxiliary, **others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train_heads", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "finetune", interrupted)
+        assert cli.main(command) == 130
+    capsys.readouterr()
+    kept = (output / "heads.pt").read_bytes()
+    (output / "heads.pt").write_bytes(b"half")
+    assert "heads.pt" in complaint(capsys, command)
+    torch.save({"heads": torch.zeros(1)}, output / "heads.pt")
+    assert "heads.pt is damaged" in complaint(capsys, command)
+    (output / "heads.pt").write_bytes(kept)
+    assert cli.main(command) == 0
+    assert trained == [3] and not list(output.glob("*.pt"))
+
+
+def test_the_folder_of_a_running_command_is_refused(inputs, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    with locked(output):
+        error = complaint(capsys, prune_command(inputs, output, criterion="l1"))
+    assert f"{output} is in use by process {os.getpid()}" in error
+
+
+def test_an_interruption_while_the_package_is_imported_is_quiet(tmp_path):
+    (tmp_path / "ccp_ext").mkdir()
+    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "ccp_ext" / "__init__.py").write_text(slow)
+    path = os.pathsep.join([str(tmp_path), str(Path(ccp_ext.__file__).parents[1])])
+    with subprocess.Popen(
+        [sys.executable, "-c", "import ccp_command, sys; sys.exit(ccp_command.main())"],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        assert command.stdout.readline() == "importing\n"
+        command.send_signal(signal.SIGINT)
+        assert command.communicate(timeout=30) == ("", "")
+    assert command.returncode == 130
 
 
 def test_a_run_says_which_allocation_its_criterion_led_to(inputs, whole, tmp_path):
@@ -236,6 +296,8 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(inputs, tmp_path, c
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"minimum": 0}, "minimum must be an integer >= 1; got 0"),
         ({"images": 0}, "images must be at least 1, got 0"),
+        ({"repair-memory": 0}, "repair_memory must be a positive number of GiB, got 0.0"),
+        ({"repair": "refit+refit-linear"}, "repair must be none, or steps of fold, refit-linear"),
         ({"device": "tpu"}, "device must be auto or one of cpu"),
         ({"epochs": 1, "learning-rate": -1}, "learning_rate"),
     ]

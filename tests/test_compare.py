@@ -18,6 +18,7 @@ from ccp_ext.compare import Arm, CompareSettings, compare
 from ccp_ext.compare.bench import halves
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
+from ccp_ext.files import locked
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.finetune.run import Run
 from ccp_ext.pipeline import RunFolder
@@ -286,11 +287,26 @@ def test_a_stop_between_fine_tuning_and_its_row_loses_no_epoch(inputs, tmp_path,
     assert not row.with_suffix(".pt").exists()
 
 
+def test_one_process_at_a_time_works_in_a_folder(inputs, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    with locked(output), pytest.raises(InputError, match=f"is in use by process {os.getpid()}"):
+        run(settings(inputs), output)
+    assert not (output / "rows").exists()
+
+
 def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
     output, _ = whole
     wanted = settings(inputs, repair=("none", "batchnorm"))
     with pytest.raises(InputError, match="holds a run with images=48, not 64"):
         run(dataclasses.replace(wanted, images=64), output)
+    older = tmp_path / "older"
+    older.mkdir()
+    kept = json.loads((output / "settings.json").read_text())
+    del kept["repair_memory"]
+    (older / "settings.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="another version .*, which lacks the setting repair_mem"):
+        run(wanted, older)
     damaged = tmp_path / "run"
     small = settings(inputs, seeds=(0,), criteria=("random",))
     run(small, damaged)
@@ -405,7 +421,7 @@ def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys)
         *("--criteria", "ccp,l1"),
         *("--macs", "0.7,0.5"),
         *("--seeds", "0,1"),
-        *("--repair", "none,refit+batchnorm"),
+        *("--repair", "refit-linear,refit+batchnorm"),
         *("--images", 48, "--repair-images", 48),
         *("--output", output),
         *("--device", "cpu"),
@@ -414,14 +430,17 @@ def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys)
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     result = json.loads((output / "comparison.json").read_text())
+    taken = {"ccp": "optimal", "l1": "uniform", "random": "uniform"}
     with open(output / "comparison.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result["rows"]) == 24
+    assert {row["criterion"]: row["allocation"] for row in rows} == taken
     assert float(rows[3]["report loss"]) == result["rows"][3]["report loss"]
     markdown = (output / "comparison.md").read_text()
     for title, lines in tables(result):
         assert title in printed and title in markdown and len(lines) == 3
         assert all(line["report %"] in printed for line in lines)
+        assert {line["criterion"]: line["allocation"] for line in lines} == taken
     assert os.fspath(output / "report.html") in printed
     assert cli.main([*command, "--device", "tpu"]) == 2
     assert "device must be auto or one of" in capsys.readouterr().err

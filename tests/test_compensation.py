@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from small_networks import lively, random_plan
+from small_networks import SMALL_NETWORKS, lively, random_plan
 from torch import nn
 
 import ccp_ext
+from ccp_ext import repair
 from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
 from ccp_ext.compensation.batches import Batch, two_models
 from ccp_ext.compensation.holding import Ledger, bytes_of_one
@@ -584,9 +585,11 @@ class Narrowing(nn.Module):
         self.third = nn.Conv2d(16, 16, 3, stride=2, padding=1)
         self.last = nn.Linear(16, 5)
 
+    def maps(self, x):
+        return self.third(self.second(self.first(x).relu()).tanh())
+
     def forward(self, x):
-        x = self.second(self.first(x).tanh()).tanh()
-        return self.last(self.third(x).tanh().mean((2, 3)))
+        return self.last(self.maps(x).tanh().mean((2, 3)))
 
 
 NARROWING = {"first": [0, 2, 3, 8, 9, 12], "second": [1, 2, 5, 6, 10, 15]}
@@ -607,7 +610,7 @@ def test_with_less_memory_a_layer_has_fewer_images_and_the_narrow_ones_more():
     # Those that join later are at the depth of the others: the last layer is fitted to them all.
     x = data.normalise(data.images).double()
     with torch.no_grad():
-        features = slim.third(slim.second(slim.first(x).tanh()).tanh()).tanh().mean((2, 3))
+        features = slim.maps(x).tanh().mean((2, 3))
         system = torch.cat([features, torch.ones(200, 1)], 1)
         target = model(x)
         best = (target - system @ torch.linalg.lstsq(system, target).solution).norm()
@@ -645,14 +648,35 @@ def test_a_layer_too_wide_to_be_solved_gets_a_constant():
     found = refit(model, slim, data, memory=2e-4, batch_size=1, progress=False)
     changed = {path for path, value in slim.state_dict().items() if (value != before[path]).any()}
     assert changed == {"second.bias", "third.bias", "last.weight", "last.bias"}
+    assert found.too_wide == ["second", "third"]
+    assert str(found).endswith("; too wide for it, a constant only: second, third")
     fitted = data.subset(range(found.images["third"]))
     x = data.normalise(fitted.images).double()
     with torch.no_grad():
-        wanted, got = (m.third(m.second(m.first(x).tanh()).tanh()) for m in (model, slim))
+        wanted, got = model.maps(x), slim.maps(x)
         error = (wanted - got).transpose(0, 1).flatten(1)
         left = error.var(1).sum() / wanted.transpose(0, 1).flatten(1).var(1).sum()
     assert error.mean(1).abs().max() < 1e-12
     assert found.unexplained["third"] == pytest.approx(float(left))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*SMALL_NETWORKS, partial(ccp_ext.models.create, "mobilenetv2", width_mult=0.25)],
+    ids=lambda make: getattr(make, "__name__", "mobilenetv2"),
+)
+def test_the_default_repair_suits_networks_of_all_kinds(make):
+    """Branches, depthwise and shared convolutions, tokens, networks without BatchNorm."""
+    torch.manual_seed(0)
+    model, data = lively(make()).eval(), image_set(64)
+    batches = data.normalise(data.images).split(32)
+    reestimate_batchnorm(model, batches, progress=False)
+    graph = ccp_ext.trace(model, batches[0][:1])
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph, 0.6))
+    before = distance(model, slim.eval(), data)
+    done = repair.apply("refit", model, slim, data, progress=False)
+    assert done.images and set(done.images.values()) == {64}
+    assert distance(model, slim, data) < 0.8 * before
 
 
 def test_positions_are_drawn_by_the_seed_and_nearly_enough():
@@ -731,13 +755,13 @@ def test_a_layer_that_runs_twice_is_fitted_on_both_calls():
     torch.testing.assert_close(slim.shared.bias.detach(), solution[-1])
 
 
-@pytest.mark.parametrize("repair", [fold_means, refit])
-def test_compensation_wants_the_model_and_its_pruned_copy(repair):
+@pytest.mark.parametrize("method", [fold_means, refit])
+def test_compensation_wants_the_model_and_its_pruned_copy(method):
     model, data = convolutions(bias=True, norm=True), image_set()
     slim = pruned(model, {"0": [0, 3]})
     for plain, other in ((model, model), (slim, slim), (network(), slim)):
         with pytest.raises(InputError, match="slim must be the given model after ccp_ext.prune"):
-            repair(plain, other, data, progress=False)
+            method(plain, other, data, progress=False)
     with pytest.raises(InputError, match="ridge must be a number of 0 or more, got -1"):
         refit(model, slim, data, ridge=-1)
     with pytest.raises(InputError, match="positions must be 1 or more, or None, got 0"):

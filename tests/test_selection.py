@@ -233,6 +233,16 @@ def test_the_bound_of_the_root_is_the_value_of_the_convex_relaxation(kind):
     assert compared >= 15
 
 
+@pytest.mark.parametrize("exponent", [-900, -300, 300, 900])
+def test_a_power_of_two_without_a_linear_term_changes_nothing_but_the_units(exponent):
+    S, _ = low_rank(np.random.default_rng(5), 24)
+    plain, scaled = certify(S, None, 9), certify(np.ldexp(S, exponent), None, 9)
+    assert scaled.status == plain.status == "optimal"
+    assert torch.equal(scaled.removed, plain.removed)
+    assert scaled.objective == math.ldexp(plain.objective, exponent)
+    assert scaled.lower_bound == math.ldexp(plain.lower_bound, exponent)
+
+
 @pytest.mark.parametrize("scale", [1e-307, 1e-200, 1e200, 1e295])
 def test_branch_and_bound_is_safe_at_every_scale(scale):
     S, u = gram(np.random.default_rng(1), 12)

@@ -135,7 +135,12 @@ class Bench:
                 self.settings.finetune,
                 seed=job.seed,
                 auxiliary=auxiliary_heads(
-                    slim, self.inputs, self._heads(job), job.seed, progress=self.progress
+                    slim,
+                    self.inputs,
+                    self._heads(job),
+                    job.seed,
+                    self.folder.path / job.heads,
+                    progress=self.progress,
                 ),
                 checkpoint=self.folder.path / job.checkpoint,
                 progress=self.progress,

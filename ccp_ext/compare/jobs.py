@@ -30,8 +30,18 @@ class Job:
 
     @property
     def checkpoint(self) -> str:
-        """Of its fine-tuning; of no use once the row is written."""
+        """Of its fine-tuning."""
         return str(PurePosixPath(self.file).with_suffix(".pt"))
+
+    @property
+    def heads(self) -> str:
+        """The auxiliary heads that its fine-tuning begins with."""
+        return str(PurePosixPath(self.file).with_suffix(".heads.pt"))
+
+    @property
+    def temporary_files(self) -> tuple[str, ...]:
+        """Of no use once the row is written."""
+        return self.checkpoint, self.heads
 
 
 def all_jobs(settings: CompareSettings) -> list[Job]:

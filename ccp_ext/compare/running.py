@@ -80,7 +80,8 @@ def _compare(
         _make_rows(Bench(settings, inputs, folder, progress), missing, say)
     elif missing:
         _make_rows_in_parallel(settings, folder, missing, devices, say)
-    folder.remove(*(job.checkpoint for job in jobs))  # of rows after which a run was stopped
+    # Of rows after which a run was stopped.
+    folder.remove(*(name for job in jobs for name in job.temporary_files))
     rows = [_read_row(folder, job) for job in jobs]
     result = {
         "settings": dataclasses.asdict(settings),
@@ -111,7 +112,7 @@ def _make_rows(bench: Bench, jobs: Sequence[Job], say: Callable[[str], None]) ->
     for done, job in enumerate(jobs, 1):
         row = bench.row(job)
         bench.folder.write(job.file, row)
-        bench.folder.remove(job.checkpoint)
+        bench.folder.remove(*job.temporary_files)
         say(
             f"{done}/{len(jobs)} {job.criterion}, {job.kind} {job.budget}, {job.repair}, seed "
             f"{job.seed}: {row['all accuracy']:.2f} % on {bench.device}"

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ccp_ext import memory
 from ccp_ext.activations import input_tap
 from ccp_ext.compensation.layers import Layer, as_input, evaluating
 from ccp_ext.graph import Tap
@@ -67,15 +66,17 @@ class Batch:
         draw: Callable[[Sequence[int]], Grid],
         positions: Mapping[str, int],
         within: Context = contextlib.nullcontext,
+        after_turn: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             positions: by layer, how many of them, in all of the batch's images, the step of its
                 branch needs.
             within: context of the passes.
+            after_turn: called when the passes have gone on, before another batch's turn.
         """
         self._slim, self._x, self._draw, self._positions = slim, x, draw, positions
-        self._within = within
+        self._within, self._after_turn = within, after_turn
         self._left = {layer.path: layer for layer in layers}
         self._drawn: dict[tuple[str, Sequence[int]], Grid] = {}
         self._plain_walk = self._walk(model, x, partial(self._keep, of_plain=True))
@@ -133,7 +134,7 @@ class Batch:
                 plain.until(addend)
                 slim.until(addend)
             yield plain.seen, slim.seen
-        memory.trim()  # for the other batches' threads, whose allocations do not reuse this one's
+        self._after_turn()
 
     def _again(self, layer: Layer) -> Walk:
         """Another pass through the slim model, from the layer's block on if it has one."""

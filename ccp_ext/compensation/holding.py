@@ -22,9 +22,9 @@ from ccp_ext.passes import Tapped
 from ccp_ext.patches import Grid
 
 GIBIBYTE = 2**30
-# Of the memory, at most: what one batch takes on its way from layer to layer, in part.
+# Share of the memory, at most, that one batch takes on its way from layer to layer.
 _IN_PASSING = 0.25
-# Of the memory, at most: a layer's normal equations.
+# Share of the memory, at most, that a layer's normal equations take.
 _EQUATIONS = 0.5
 # Bytes for each element of a matrix of normal equations: it, its copies and factor, in float64.
 _EQUATION_BYTES = 40
@@ -37,7 +37,7 @@ class Ledger:
 
     Attributes:
         now: at this moment.
-        most: at any time; may be set back.
+        most: at any time.
     """
 
     def __init__(self) -> None:

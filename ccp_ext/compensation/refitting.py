@@ -22,6 +22,7 @@ from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Feeder, addends, feeders
 from ccp_ext.least_squares import ConstantError, Regression
+from ccp_ext.memory import Ceiling
 from ccp_ext.passes import tapped
 from ccp_ext.patches import POSITIONS, Grid
 
@@ -41,23 +42,30 @@ class Refitted:
     Attributes:
         unexplained: share of the variance of the layer's targets that is left.
         images: how many took part.
+        too_wide: paths of layers that got a new constant only.
         available: how many images were given.
         memory: GiB that were allowed.
     """
 
     unexplained: dict[str, float]
     images: dict[str, int]
+    too_wide: list[str]
     available: int
     memory: float
 
     def __str__(self) -> str:
-        fewest, most = min(self.images.values(), default=0), max(self.images.values(), default=0)
-        if fewest == self.available:
-            return f"all {fewest:,} images for every layer"
-        return (
-            f"{fewest:,} to {most:,} of {self.available:,} images for a layer, as fit into "
-            f"{self.memory:g} GiB"
-        )
+        if not self.images:
+            return "no layer lost inputs"
+        fewest, most = min(self.images.values()), max(self.images.values())
+        text = f"all {fewest:,} images for every layer"
+        if fewest < self.available:
+            text = (
+                f"{fewest:,} to {most:,} of {self.available:,} images for a layer, as fit into "
+                f"{self.memory:g} GiB"
+            )
+        if self.too_wide:
+            text += f"; too wide for it, a constant only: {', '.join(self.too_wide)}"
+        return text
 
 
 def refit(
@@ -116,10 +124,11 @@ def refit(
             for each layer and batch; neighbours tell almost the same. None for all.
         joint: iterations of the conjugate gradients that solve for the Gauss-Newton step, at
             least 0, which leaves it out. Some images of every batch take part.
-        memory: GiB, for what is kept between the layers and for a layer's normal equations. A
-            layer whose equations alone take more than half of it gets a new constant only.
+        memory: GiB, about, for what is kept between the layers and for a layer's normal equations.
+            A layer whose equations alone take more than half of it gets a new constant only.
         seed: of the grids.
-        batch_size: images that go from layer to layer together, at most.
+        batch_size: images that go from layer to layer together, at most; fewer where the memory
+            is small. No more than 256 batches wait at a layer.
 
     Raises:
         InputError: ``slim`` is not a pruned ``model``, an option is out of range, or the memory
@@ -136,27 +145,16 @@ def refit(
     if not memory > 0:
         raise InputError(f"refit: memory must be a positive number of GiB, got {memory!r}")
     chosen = _choose(find_layers(model, slim, images), layers)
-    for layer in chosen:
-        layer.only_constant = too_wide(layer.features, memory * GIBIBYTE)
-    example = images.normalise(images.images[:1])
-    if joint and any(layer.cut for layer in chosen):
-        found = feeders(model, as_input(model, example))
-        for layer in chosen:
-            layer.branch = _branch(slim, layer, found.get(layer.path))
-            if layer.branch and too_wide(layer.widest, memory * GIBIBYTE):
-                layer.branch = None
-    if any(layer.branch for layer in chosen):
-        _drop_crossed_branches(slim, chosen, as_input(slim, example))
-    if residual and chosen:
-        others = addends(model, as_input(model, example))
-        for layer in chosen:
-            layer.addend = others.get(layer.path)
-        _find_blocks(slim, chosen, as_input(slim, example))
-    result = Refitted({}, {}, len(images), memory)
+    result = Refitted({}, {}, [], len(images), memory)
     if not chosen:
         return result
+    for layer in chosen:
+        layer.only_constant = too_wide(layer.features, memory * GIBIBYTE)
+    _find_surroundings(model, slim, chosen, images, residual, joint, memory * GIBIBYTE)
     draw = partial(Grid.draw, count=positions, generator=torch.Generator().manual_seed(seed))
     waiting: list[Batch] = []
+    # Every batch has threads of its own, which do not reuse what those of others have freed.
+    ceiling = Ceiling(memory * GIBIBYTE)
     with two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         holding = hold(models, chosen, images, positions, batch_size, memory * GIBIBYTE)
         stack.callback(_dismiss, waiting, 0)
@@ -166,12 +164,40 @@ def refit(
             _dismiss(waiting, count)
             more = images.batches(holding.batch_size, start=len(waiting))
             for x, _ in itertools.islice(more, count - len(waiting)):
-                waiting.append(Batch(*models, chosen[k:], x, draw, share))
+                waiting.append(Batch(*models, chosen[k:], x, draw, share, after_turn=ceiling.keep))
             if layer.branch:
                 layer.branch.improve((batch.branch(layer) for batch in waiting), ridge, joint)
             result.unexplained[layer.path] = _fit(layer, waiting, ridge)
             result.images[layer.path] = sum(map(len, waiting))
+            if layer.only_constant:
+                result.too_wide.append(layer.path)
     return result
+
+
+def _find_surroundings(
+    model: nn.Module,
+    slim: nn.Module,
+    chosen: list[Layer],
+    images: ImageSet,
+    residual: bool,
+    joint: int,
+    memory: float,
+) -> None:
+    """Set the branch, the addend and the block of each layer; ``memory`` in bytes."""
+    example = images.normalise(images.images[:1])
+    if joint and any(layer.cut for layer in chosen):
+        found = feeders(model, as_input(model, example))
+        for layer in chosen:
+            layer.branch = _branch(slim, layer, found.get(layer.path))
+            if layer.branch and too_wide(layer.widest, memory):
+                layer.branch = None
+    if any(layer.branch for layer in chosen):
+        _drop_crossed_branches(slim, chosen, as_input(slim, example))
+    if residual:
+        others = addends(model, as_input(model, example))
+        for layer in chosen:
+            layer.addend = others.get(layer.path)
+        _find_blocks(slim, chosen, as_input(slim, example))
 
 
 def _choose(order: list[Layer], layers: str) -> list[Layer]:
@@ -185,8 +211,8 @@ def _choose(order: list[Layer], layers: str) -> list[Layer]:
 
 
 def _branch(slim: nn.Module, layer: Layer, feeder: Feeder | None) -> Branch | None:
-    """None if the layer was not cut or has no place for a constant."""
-    if feeder is None or not layer.cut or not layer.takes_constant:
+    """None if the layer was not cut, is not solved or has no place for a constant."""
+    if feeder is None or not layer.cut or layer.only_constant or not layer.takes_constant:
         return None
     factor = torch.ones_like(layer.outputs, dtype=layer.slim.weight.dtype)
     for plain, _ in layer.norms.values():

@@ -119,7 +119,8 @@ def mean_of_random(cost: QuadraticCost, count: int, weights: np.ndarray | None) 
 
 def in_range(cost: QuadraticCost) -> tuple[QuadraticCost, int]:
     """The cost times 2^-exponent, which is exact and keeps squares of the entries in range."""
-    exponent = max(_exponent(cost.quadratic), _exponent(cost.linear))
+    largest = max(_largest(cost.quadratic), _largest(cost.linear))
+    exponent = math.frexp(largest)[1]
     if abs(exponent) <= 64:
         return cost, 0
     defect = None if cost.defect is None else float(np.ldexp(cost.defect, -exponent))
@@ -127,5 +128,5 @@ def in_range(cost: QuadraticCost) -> tuple[QuadraticCost, int]:
     return QuadraticCost(*scaled, defect), exponent
 
 
-def _exponent(values: np.ndarray) -> int:
-    return math.frexp(max(values.max(initial=0.0), -values.min(initial=0.0)))[1]
+def _largest(values: np.ndarray) -> float:
+    return max(values.max(initial=0.0), -values.min(initial=0.0))

@@ -3,54 +3,65 @@
 
 #include "csrc/cuda/channel_dot.cuh"
 #include "csrc/cuda/moments_launch.h"
+#include "csrc/cuda/units.cuh"
 #include "csrc/moments.h"
 
 namespace ccp {
 
-// The moments of the values of one turn of a loop, few enough for sums in the accumulator's type.
+// Sums of the values of one turn of a loop, few enough for the accumulator's type.
 template <class Acc>
-struct TurnMoments {
-  Acc sum = 0, square_sum = 0, minimum = HUGE_VAL, maximum = -HUGE_VAL;
-  int zeros = 0;
+struct TurnSums {
+  Acc sum = 0, square_sum = 0;
 
   __device__ __forceinline__ void add(Acc value) {
     sum += value;
     square_sum += value * value;
-    zeros += value == 0;
-    minimum = fmin(minimum, value);
-    maximum = fmax(maximum, value);
-  }
-
-  // Without a branch: what is not `inside` adds zero to the sums and NaN, which they pass over, to
-  // the others.
-  __device__ __forceinline__ void add_if(bool inside, Acc value) {
-    const Acc added = inside ? value : 0, seen = inside ? value : static_cast<Acc>(NAN);
-    sum += added;
-    square_sum += added * added;
-    zeros += seen == 0;
-    minimum = fmin(minimum, seen);
-    maximum = fmax(maximum, seen);
   }
 };
 
-// One thread's moments. Sums go to float64 once a turn; the others stay as they are.
-template <class Acc>
-struct ThreadMoments {
+// One thread's sums of a channel.
+struct ThreadSums {
   double sum = 0, square_sum = 0;
-  int64_t zeros = 0;
-  Acc minimum = HUGE_VAL, maximum = -HUGE_VAL;
+  unsigned zeros = 0;
 
-  __device__ __forceinline__ void add(const TurnMoments<Acc>& turn) {
+  template <class Acc>
+  __device__ __forceinline__ void add(const TurnSums<Acc>& turn) {
     sum += turn.sum;
     square_sum += turn.square_sum;
-    zeros += turn.zeros;
-    minimum = fmin(minimum, turn.minimum);
-    maximum = fmax(maximum, turn.maximum);
   }
 
-  __device__ __forceinline__ Moments moments() const {
+  template <class Acc>
+  __device__ __forceinline__ Moments with_extremes(Acc minimum, Acc maximum) const {
     return {sum, square_sum, static_cast<double>(zeros), static_cast<double>(minimum),
             static_cast<double>(maximum)};
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T infinity(float sign) {
+  if constexpr (sizeof(T) == 8) {
+    return sign * HUGE_VAL;
+  } else {
+    return narrow<T>(sign * static_cast<float>(HUGE_VAL));
+  }
+}
+
+// The extremes of the first, second, ... elements of some units. NaN is passed over.
+template <class T, int kUnit>
+struct Extremes {
+  Unit<T, kUnit> minimum{}, maximum{};
+
+  __device__ __forceinline__ Extremes() {
+#pragma unroll
+    for (int v = 0; v < kUnit; ++v) {
+      minimum.put(v, infinity<T>(1));
+      maximum.put(v, infinity<T>(-1));
+    }
+  }
+
+  __device__ __forceinline__ void add(const Unit<T, kUnit>& unit) {
+    minimum = smaller(minimum, unit);
+    maximum = larger(maximum, unit);
   }
 };
 
@@ -109,43 +120,111 @@ __device__ __forceinline__ int64_t moment_row_offset(const ChannelDotLayout& lay
   return layout.position_dims > 1 ? offset + index * layout.position[0].x_stride : 0;
 }
 
-// One thread's reading of the rows of one channel, chunk after chunk.
+// One thread's reading of the rows of one channel, and its moments of them.
 template <class T, int kUnit, int kThreads>
-struct MomentReader {
-  const ChannelDotLayout& layout;
-  const MomentRows& rows;
-  const T* x;              // the tensor's
-  int64_t channel_offset;  // elements
-  int64_t row, chunk;      // the next to read
+class RowMoments {
+ public:
+  // Begins with chunk `chunk` of the channel's rows.
+  __device__ __forceinline__ RowMoments(const ChannelMomentsParams& params, const MomentRows& rows,
+                                        int64_t channel, int64_t chunk)
+      : layout_(params.layout), rows_(rows), x_(static_cast<const T*>(params.x)) {
+    const DivMod first = div_mod(chunk, rows.chunks);
+    channel_ = channel * params.layout.channel.x_stride;
+    row_ = first.quotient;
+    chunk_ = first.remainder;
+    find_unit();
+  }
 
-  // Reads a unit; returns which of its elements are to be added. Those of a unit that reaches
-  // beyond x are added here.
-  __device__ __forceinline__ unsigned read_next(Packed<T, kUnit>& values,
-                                                TurnMoments<Accumulator<T>>& turn) {
-    const int64_t start = channel_offset + moment_row_offset(layout, row);
-    const int64_t shift = kUnit == 1 ? 0 : unit_remainder<kUnit>(x + start);
-    const int64_t position = (chunk * kThreads + threadIdx.x % kThreads) * kUnit;
-    if (++chunk == rows.chunks) {
-      chunk = 0;
-      ++row;
+  // Adds the next kLoads units.
+  template <int kLoads>
+  __device__ __forceinline__ void add_next() {
+    Unit<T, kUnit> units[kLoads];
+    unsigned inside[kLoads];
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      units[load] = load_next();
+      inside[load] = inside_;
+      advance();
     }
-    const unsigned inside = bits_within<kUnit>(position, shift, shift + rows.length);
-    if (inside == 0) return 0;
-    if constexpr (kUnit == 1) {
-      values = load_packed<T, kUnit>(x + start + position * rows.stride);
-      return inside;
+    TurnSums<Acc> turn;
+    ZeroCount<T, kUnit> zeros;
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) add(units[load], inside[load], turn, zeros);
+    sums_.add(turn);
+    sums_.zeros += zeros.total();
+  }
+
+  __device__ __forceinline__ Moments moments() const {
+    Acc minimum = extremes_.minimum.value(0), maximum = extremes_.maximum.value(0);
+#pragma unroll
+    for (int v = 1; v < kUnit; ++v) {
+      minimum = fmin(minimum, extremes_.minimum.value(v));
+      maximum = fmax(maximum, extremes_.maximum.value(v));
+    }
+    return sums_.with_extremes(minimum, maximum);
+  }
+
+ private:
+  using Acc = Accumulator<T>;
+
+  __device__ __forceinline__ void find_unit() {
+    const int64_t row = channel_ + moment_row_offset(layout_, row_);
+    const int shift = kUnit == 1 ? 0 : unit_remainder<kUnit>(x_ + row);
+    const int64_t position = (chunk_ * kThreads + threadIdx.x % kThreads) * kUnit - shift;
+    unit_ = row + position * rows_.stride;
+    left_ = rows_.length - position;
+    find_inside(position < 0 ? static_cast<int>(-position) : 0);
+  }
+
+  __device__ __forceinline__ void find_inside(int begin) {
+    inside_ = bits_within<kUnit>(0, begin, left_ < kUnit ? static_cast<int>(left_) : kUnit);
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (rows_.alike) {
+      unit_ += rows_.step;
+    } else if (++chunk_ < rows_.chunks) {
+      unit_ += kThreads * kUnit * rows_.stride;
+      left_ -= kThreads * kUnit;
+      find_inside(0);
     } else {
-      const T* unit = x + start - shift + position;
-      if (rows.whole.contain(start)) {
-        values = load_packed<T, kUnit>(unit);
-        return inside;
-      }
-#pragma unroll 1
-      for (int v = 0; v < kUnit; ++v)
-        if (inside >> v & 1) turn.add(widen(unit[v]));
-      return 0;
+      chunk_ = 0;
+      ++row_;
+      find_unit();
     }
   }
+
+  __device__ __forceinline__ Unit<T, kUnit> load_next() const {
+    if (inside_ == 0) return {};
+    if (kUnit == 1 || rows_.whole.contain(unit_)) return load_unit<T, kUnit>(x_ + unit_);
+    return load_part<T, kUnit>(x_ + unit_, inside_);
+  }
+
+  __device__ __forceinline__ void add(const Unit<T, kUnit>& unit, unsigned inside,
+                                      TurnSums<Acc>& turn, ZeroCount<T, kUnit>& zeros) {
+    if (inside != masked_) {  // seldom: most rows lie alike in their units
+      masked_ = inside;
+      mask_ = unit_mask<T, kUnit>(inside);
+    }
+    extremes_.add(nan_outside(unit, mask_));
+    const Unit<T, kUnit> added = zero_outside(unit, mask_);
+#pragma unroll
+    for (int v = 0; v < kUnit; ++v) turn.add(added.value(v));
+    zeros.add(added);
+    sums_.zeros -= Unit<T, kUnit>::kPlaces - __popc(inside);
+  }
+
+  const ChannelDotLayout& layout_;
+  const MomentRows& rows_;
+  const T* x_;
+  int64_t channel_;      // where it begins, in elements
+  int64_t row_, chunk_;  // of the next unit
+  int64_t unit_, left_;  // where the next unit begins, and the row's elements from there on
+  unsigned inside_;      // which of its elements belong to the row
+  ThreadSums sums_;
+  Extremes<T, kUnit> extremes_;
+  unsigned masked_ = 0;  // what mask_ stands for
+  Unit<T, kUnit> mask_{};
 };
 
 // A group of kThreads sums one part of the chunks of one channel; neighbouring groups take
@@ -153,36 +232,16 @@ struct MomentReader {
 template <class T, int kUnit, int kThreads>
 __global__ void __launch_bounds__(kBlockThreads, kRowMomentsBlocks<T>)
     channel_moments_rows(ChannelMomentsParams params, ChannelMomentsLaunch launch, double* parts) {
-  using Acc = Accumulator<T>;
-  constexpr int kLoads = kMomentLoads, kGroups = kBlockThreads / kThreads;
+  constexpr int kGroups = kBlockThreads / kThreads;
   const int64_t channels = params.layout.channel.size;
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
     const DivMod task = div_mod(block, launch.tasks);
     const int64_t channel = task.remainder * kGroups + threadIdx.x / kThreads;
     const PartRange range(launch, task.quotient, launch.rows.all_chunks);
-    const DivMod first = div_mod(range.begin, launch.rows.chunks);
-    MomentReader<T, kUnit, kThreads> reader{params.layout,
-                                            launch.rows,
-                                            static_cast<const T*>(params.x),
-                                            channel * params.layout.channel.x_stride,
-                                            first.quotient,
-                                            first.remainder};
-    ThreadMoments<Acc> thread;
-    const int64_t end = channel < channels ? range.end : range.begin;
-    for (int64_t base = range.begin; base < end; base += kLoads) {
-      Packed<T, kUnit> values[kLoads] = {};
-      unsigned inside[kLoads];
-      TurnMoments<Acc> turn;
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load)
-        inside[load] = base + load < end ? reader.read_next(values[load], turn) : 0;
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load)
-#pragma unroll
-        for (int v = 0; v < kUnit; ++v)
-          turn.add_if(inside[load] >> v & 1, widened(values[load], v));
-      thread.add(turn);
-    }
+    RowMoments<T, kUnit, kThreads> thread(params, launch.rows, channel, range.begin);
+    int64_t left = channel < channels ? range.end - range.begin : 0;
+    for (; left >= kMomentLoads; left -= kMomentLoads) thread.template add_next<kMomentLoads>();
+    for (; left > 0; --left) thread.template add_next<1>();
     const Moments moments = group_moments<kThreads>(thread.moments());
     if (threadIdx.x % kThreads == 0 && channel < channels)
       moments.write(parts + task.quotient * kMomentRows * channels, channels, channel);
@@ -195,8 +254,6 @@ template <class T, int kVector>
 __global__ void __launch_bounds__(kBlockThreads)
     channel_moments_channels_last(ChannelMomentsParams params, ChannelMomentsLaunch launch,
                                   double* parts) {
-  using Acc = Accumulator<T>;
-  constexpr int kLoads = kMomentLoads;
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, stride = layout.position[0].x_stride;
   const int width = launch.channel_threads, height = kBlockThreads / width;
@@ -207,27 +264,36 @@ __global__ void __launch_bounds__(kBlockThreads)
     PartRange range(launch, task.quotient, layout.positions);
     if (channel >= channels) range.end = range.begin;
     const T* x = static_cast<const T*>(params.x) + channel;
-    ThreadMoments<Acc> thread[kVector];
-    for (int64_t base = range.begin + line; base < range.end; base += height * kLoads) {
-      Packed<T, kVector> values[kLoads];
+    ThreadSums sums[kVector];
+    Extremes<T, kVector> extremes;
+    int64_t position = range.begin + line;
+    const auto add = [&](auto loads) {
+      Unit<T, kVector> units[loads];
 #pragma unroll
-      for (int load = 0; load < kLoads; ++load) {
-        const int64_t position = base + load * height;
-        if (position < range.end) values[load] = load_packed<T, kVector>(x + position * stride);
-      }
+      for (int load = 0; load < loads; ++load)
+        units[load] = load_unit<T, kVector>(x + (position + load * height) * stride);
+#pragma unroll
+      for (int load = 0; load < loads; ++load) extremes.add(units[load]);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        TurnMoments<Acc> turn;
+        TurnSums<Accumulator<T>> turn;
 #pragma unroll
-        for (int load = 0; load < kLoads; ++load)
-          if (base + load * height < range.end) turn.add(widened(values[load], v));
-        thread[v].add(turn);
+        for (int load = 0; load < loads; ++load) {
+          turn.add(units[load].value(v));
+          sums[v].zeros += units[load].value(v) == 0;
+        }
+        sums[v].add(turn);
       }
-    }
+      position += loads * height;
+    };
+    while (position + (kMomentLoads - 1) * height < range.end)
+      add(std::integral_constant<int, kMomentLoads>{});
+    while (position < range.end) add(std::integral_constant<int, 1>{});
     double* out = parts + task.quotient * kMomentRows * channels;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const Moments moments = column_moments(thread[v].moments(), width);
+      const Moments moments = column_moments(
+          sums[v].with_extremes(extremes.minimum.value(v), extremes.maximum.value(v)), width);
       if (line == 0 && channel < channels) moments.write(out, channels, channel + v);
       __syncthreads();
     }

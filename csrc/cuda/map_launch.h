@@ -15,13 +15,16 @@ constexpr int64_t kMapMinimumStages = 16;
 
 // How maps come into shared memory.
 enum class MapLoads {
-  kRows,          // 16 bytes of positions of one map at a time
-  kChannelsLast,  // 16 bytes of maps at one position at a time
-  kStrided,       // element by element
+  kRows,           // 16 bytes of positions of one map at a time
+  kUnalignedRows,  // the same of maps that begin anywhere, from a boundary of 16 bytes on
+  kChannelsLast,   // 16 bytes of maps at one position at a time
+  kStrided,        // element by element
 };
 
 struct MapSimilarityLaunch {
   MapLoads loads;
+  int64_t
+      extent[2];  // of the rows' and of the columns' tensor: elements from its first to its last
   int64_t side;   // tiles along one side of the result
   int64_t tiles;  // of the result, or of its upper triangle
   Split split;    // of the samples
@@ -34,8 +37,19 @@ struct MapSimilarityLaunch {
 };
 
 inline MapLoads map_loads(const ChannelDotParams& maps, int element_size) {
-  if (vector_width(maps, element_size) == 1) return MapLoads::kStrided;
-  return maps.layout.kind == LayoutKind::kRows ? MapLoads::kRows : MapLoads::kChannelsLast;
+  const bool rows = maps.layout.kind == LayoutKind::kRows;
+  if (vector_width(maps, element_size) > 1) return rows ? MapLoads::kRows : MapLoads::kChannelsLast;
+  const auto aligned = [](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+  };
+  return rows && aligned(maps.x) && aligned(maps.g) ? MapLoads::kUnalignedRows : MapLoads::kStrided;
+}
+
+// Of maps in rows: the elements from the tensor's first to its last.
+inline int64_t rows_extent(const ChannelDotLayout& layout, int64_t sample_stride,
+                           int64_t channel_stride) {
+  return (layout.sample.size - 1) * sample_stride + (layout.channel.size - 1) * channel_stride +
+         layout.positions;
 }
 
 inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params,
@@ -48,7 +62,14 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   const Split split =
       split_work(layout.sample.size, ceil_div(kMapMinimumStages, stages), 1, 2 * tiles);
   const int64_t blocks = tiles * split.count;
-  return {map_loads(params.maps, element_size), side, tiles, split, blocks, grid_size(blocks)};
+  return {map_loads(params.maps, element_size),
+          {rows_extent(layout, layout.sample.x_stride, layout.channel.x_stride),
+           rows_extent(layout, layout.sample.g_stride, layout.channel.g_stride)},
+          side,
+          tiles,
+          split,
+          blocks,
+          grid_size(blocks)};
 }
 
 // The moments of all maps of one tensor.
@@ -67,12 +88,10 @@ inline MapMomentsLaunch plan_map_moments_rows(const MapSimilarityParams& params,
   MapMomentsLaunch launch{};
   launch.vector = layout.kind == LayoutKind::kRows ? kVectorBytes / element_size : 1;
   const int64_t positions = layout.positions, unit = launch.vector;
-  launch.map_threads =
-      launch.vector > 1 && ceil_div(positions + 2 * (unit - 1), unit) <= 32 ? 8 : 32;
+  launch.map_threads = launch.vector > 1 && ceil_div(positions + unit - 1, unit) <= 32 ? 8 : 32;
   const auto whole = [&](const void* data, int64_t sample_stride, int64_t channel_stride) {
-    const int64_t extent =
-        (sample.size - 1) * sample_stride + (channel.size - 1) * channel_stride + positions;
-    return whole_rows(data, extent, positions, unit, element_size);
+    return whole_rows(data, rows_extent(layout, sample_stride, channel_stride), positions, unit,
+                      element_size);
   };
   launch.whole_x = whole(params.maps.x, sample.x_stride, channel.x_stride);
   launch.whole_g = whole(params.maps.g, sample.g_stride, channel.g_stride);

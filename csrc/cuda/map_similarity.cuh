@@ -18,6 +18,7 @@
 
 #include "csrc/cuda/map_moments.cuh"
 #include "csrc/cuda/mma.cuh"
+#include "csrc/cuda/units.cuh"
 
 namespace ccp {
 
@@ -29,21 +30,27 @@ struct MapTraits {
   static constexpr int kDepth = kMapRowBytes / sizeof(T);  // positions in a stage
   // A panel holds rows of positions, one for each map; or rows of maps, one for each position.
   static constexpr bool kByPosition = kLoads == MapLoads::kChannelsLast;
-  static constexpr int kRowUnits = kByPosition ? kMapTile / kUnit : kMapRowBytes / 16;
+  // Rows that begin within a unit reach into one more. All others are mixed (unit_address).
+  static constexpr bool kUnaligned = kLoads == MapLoads::kUnalignedRows;
+  static constexpr int kRowUnits = kByPosition ? kMapTile / kUnit : kMapRowBytes / 16 + kUnaligned;
   static constexpr int kUnitsPerThread = kMapTile * kMapRowBytes / 16 / kMapThreads;
 };
 
+template <class Traits>
 struct MapShared {
-  alignas(16) unsigned char panel[kMapStages][2][kMapTile * kMapRowBytes];
+  alignas(
+      16) unsigned char panel[kMapStages][2][kMapTile * (kMapRowBytes + 16 * Traits::kUnaligned)];
   MapTerms<float> terms[kMapStages][2 * kMapTile];  // of a sample's rows, then of its columns
 };
 
 // Where unit `unit` of row `row` lies in a panel: mixed so that the eight rows that a warp reads at
-// once lie on different memory banks.
+// once lie on different memory banks. Rows of five units do so by themselves.
 template <class Traits>
 __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int row, int unit) {
   int mixed;
-  if constexpr (!Traits::kByPosition) {
+  if constexpr (Traits::kUnaligned) {
+    mixed = unit;
+  } else if constexpr (!Traits::kByPosition) {
     mixed = unit ^ (row / 2 % 4);
   } else if constexpr (sizeof(typename Traits::T) == 2) {
     mixed = unit ^ (row % 8);
@@ -78,24 +85,28 @@ struct MapCursor {
 template <class Traits>
 struct MapLoader {
   using T = typename Traits::T;
+  static constexpr int kUnit = Traits::kUnit;
+  using Values = Unit<T, kUnit>;
   const MapSimilarityParams& params;
+  const MapSimilarityLaunch& launch;
   const MapTask& task;
   const MapTerms<float>* all_terms[2];
-  MapShared& shared;
+  MapShared<Traits>& shared;
 
   // The place of the thread's i-th unit: its first map, counted from the panel's first, and its
   // first position, counted from the sample's.
-  struct Unit {
+  struct Place {
     int row, unit, map;
     int64_t position;
   };
 
-  __device__ __forceinline__ Unit unit_of(int i, const MapCursor& at) const {
+  __device__ __forceinline__ Place place_of(int i, const MapCursor& at) const {
+    constexpr int kUnits = Traits::kByPosition ? kMapTile / kUnit : kMapRowBytes / 16;
     const int index = threadIdx.x + i * kMapThreads;
-    const int row = index / Traits::kRowUnits, unit = index % Traits::kRowUnits;
+    const int row = index / kUnits, unit = index % kUnits;
     const int64_t first = at.chunk * Traits::kDepth;
-    if constexpr (Traits::kByPosition) return {row, unit, unit * Traits::kUnit, first + row};
-    return {row, unit, row, first + unit * Traits::kUnit};
+    if constexpr (Traits::kByPosition) return {row, unit, unit * kUnit, first + row};
+    return {row, unit, row, first + unit * kUnit};
   }
 
   __device__ __forceinline__ bool inside(int panel, int map, int64_t position) const {
@@ -107,12 +118,16 @@ struct MapLoader {
     return panel == 0 ? left_side(params) : right_side(params);
   }
 
-  __device__ __forceinline__ const T* sample_maps(int panel, int64_t sample) const {
+  // Where a sample's maps begin, in elements.
+  __device__ __forceinline__ int64_t sample_offset(int panel, int64_t sample) const {
     const ChannelDotLayout& layout = params.maps.layout;
     const MapSide from = side(panel);
-    return static_cast<const T*>(from.data) +
-           (task.first_sample + sample) * from.stride(layout.sample) +
+    return (task.first_sample + sample) * from.stride(layout.sample) +
            task.first_map[panel] * from.stride(layout.channel);
+  }
+
+  __device__ __forceinline__ const T* sample_maps(int panel, int64_t sample) const {
+    return static_cast<const T*>(side(panel).data) + sample_offset(panel, sample);
   }
 
   __device__ __forceinline__ void load_terms(const MapCursor& at) const {
@@ -132,12 +147,35 @@ struct MapLoader {
     unsigned char* to = shared.panel[at.stage % kMapStages][panel];
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const Unit unit = unit_of(i, at);
-      const bool valid = inside(panel, unit.map, unit.position);
-      const int64_t offset =
-          unit.map * from.stride(layout.channel) + unit.position * from.stride(layout.position[0]);
-      copy_async<16>(unit_address<Traits>(to, unit.row, unit.unit), maps + (valid ? offset : 0),
+      const Place place = place_of(i, at);
+      const bool valid = inside(panel, place.map, place.position);
+      const int64_t offset = place.map * from.stride(layout.channel) +
+                             place.position * from.stride(layout.position[0]);
+      copy_async<16>(unit_address<Traits>(to, place.row, place.unit), maps + (valid ? offset : 0),
                      valid);
+    }
+  }
+
+  // From the boundary of 16 bytes at or before each row's beginning on.
+  __device__ __forceinline__ void load_unaligned(int panel, const MapCursor& at) const {
+    constexpr int kUnits = kMapTile * Traits::kRowUnits;
+    const ChannelDotLayout& layout = params.maps.layout;
+    const MapSide from = side(panel);
+    const T* data = static_cast<const T*>(from.data);
+    const int64_t maps = sample_offset(panel, at.sample);
+    unsigned char* to = shared.panel[at.stage % kMapStages][panel];
+#pragma unroll
+    for (int first = 0; first < kUnits; first += kMapThreads) {
+      const int index = first + threadIdx.x;
+      if (index >= kUnits) break;
+      const int row = index / Traits::kRowUnits, unit = index % Traits::kRowUnits;
+      const int64_t map = maps + row * from.stride(layout.channel);
+      const int64_t begin = map / kUnit * kUnit + at.chunk * Traits::kDepth + unit * kUnit;
+      const bool valid = inside(panel, row, 0) && begin < map + layout.positions;
+      const int64_t left = launch.extent[panel] - begin;
+      const int elements = left < kUnit ? static_cast<int>(left) : kUnit;
+      copy_part_async<16>(unit_address<Traits>(to, row, unit), data + (valid ? begin : 0),
+                          valid ? elements * static_cast<int>(sizeof(T)) : 0);
     }
   }
 
@@ -150,7 +188,7 @@ struct MapLoader {
                                    (task.first_sample + at.sample) * layout.channel.size +
                                    task.first_map[panel];
     unsigned char* to = shared.panel[at.stage % kMapStages][panel];
-#pragma unroll 8
+#pragma unroll 4
     for (int i = threadIdx.x; i < kMapTile * Traits::kDepth; i += kMapThreads) {
       const int map = i / Traits::kDepth, depth = i % Traits::kDepth;
       const int64_t position = at.chunk * Traits::kDepth + depth;
@@ -172,6 +210,8 @@ struct MapLoader {
         if (panel == 1 && task.diagonal) break;
         if constexpr (Traits::kLoads == MapLoads::kStrided) {
           load_elements(panel, at);
+        } else if constexpr (Traits::kUnaligned) {
+          load_unaligned(panel, at);
         } else {
           load_units(panel, at);
         }
@@ -180,24 +220,68 @@ struct MapLoader {
     commit_copies();
   }
 
-  // Subtracts the maps' shifts from a unit that this thread loaded.
-  __device__ __forceinline__ void centre_unit(const MapTerms<float>* terms, void* address) const {
-    float shift[Traits::kUnit];
+  // The unit less the shifts of its maps.
+  __device__ __forceinline__ Values centred(const Values& values,
+                                            const MapTerms<float>* terms) const {
+    float shift[kUnit];
     bool any = false;
 #pragma unroll
-    for (int e = 0; e < Traits::kUnit; ++e) {
+    for (int e = 0; e < kUnit; ++e) {
       shift[e] = terms[Traits::kByPosition ? e : 0].shift;
       any |= shift[e] != 0;
     }
-    if (!any) return;
-    auto values = load_packed<T, Traits::kUnit>(static_cast<const T*>(address));
+    if (!any) return values;
+    Values result{};
 #pragma unroll
-    for (int e = 0; e < Traits::kUnit; ++e)
-      values.element[e] = narrow<T>(widen(values.element[e]) - shift[e]);
-    store_packed(values, static_cast<T*>(address));
+    for (int e = 0; e < kUnit; ++e) result.put(e, narrow<T>(values.value(e) - shift[e]));
+    return result;
   }
 
-  // What lies outside the maps stays zero.
+  __device__ __forceinline__ T* panel_unit(int panel, const MapCursor& at, int row,
+                                           int unit) const {
+    return reinterpret_cast<T*>(
+        unit_address<Traits>(shared.panel[at.stage % kMapStages][panel], row, unit));
+  }
+
+  // Centres what this thread loaded. What lies outside the maps stays zero.
+  __device__ __forceinline__ void centre_units(int panel, const MapCursor& at,
+                                               const MapTerms<float>* terms) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
+      const Place place = place_of(i, at);
+      if (!inside(panel, place.map, place.position)) continue;
+      T* address = panel_unit(panel, at, place.row, place.unit);
+      store_unit(centred(load_unit<T, kUnit>(address), terms + place.map), address);
+    }
+  }
+
+  // Moves every row to the beginning of its units, centres it, and writes zeros behind its end. The
+  // threads of a row are of one warp.
+  __device__ __forceinline__ void straighten(int panel, const MapCursor& at,
+                                             const MapTerms<float>* terms) const {
+    const ChannelDotLayout& layout = params.maps.layout;
+    const int64_t maps = sample_offset(panel, at.sample);
+    const int64_t stride = side(panel).stride(layout.channel);
+    Values straight[Traits::kUnitsPerThread];
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
+      const Place place = place_of(i, at);
+      const T* address = panel_unit(panel, at, place.row, place.unit);
+      const int first = static_cast<unsigned>(maps + place.row * stride) % kUnit;
+      const Values moved =
+          elements_from(first, load_unit<T, kUnit>(address), load_unit<T, kUnit>(address + kUnit));
+      const int64_t left = inside(panel, place.row, 0) ? layout.positions - place.position : 0;
+      straight[i] = zero_outside(centred(moved, terms + place.row),
+                                 unit_mask<T, kUnit>(bits_within<kUnit, int64_t>(0, 0, left)));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
+      const Place place = place_of(i, at);
+      store_unit(straight[i], panel_unit(panel, at, place.row, place.unit));
+    }
+  }
+
   __device__ __forceinline__ void centre(const MapCursor& at) const {
     if constexpr (Traits::kLoads != MapLoads::kStrided) {
       if (at.sample >= task.samples) return;
@@ -205,13 +289,10 @@ struct MapLoader {
       for (int panel = 0; panel < 2; ++panel) {
         if (panel == 1 && task.diagonal) break;
         const MapTerms<float>* terms = shared.terms[at.sample % kMapStages] + panel * kMapTile;
-#pragma unroll
-        for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-          const Unit unit = unit_of(i, at);
-          if (inside(panel, unit.map, unit.position))
-            centre_unit(terms + unit.map,
-                        unit_address<Traits>(shared.panel[at.stage % kMapStages][panel], unit.row,
-                                             unit.unit));
+        if constexpr (Traits::kUnaligned) {
+          straighten(panel, at, terms);
+        } else {
+          centre_units(panel, at, terms);
         }
       }
     }
@@ -285,7 +366,7 @@ __device__ __forceinline__ void split_fragments(uint32_t (&values)[kCount][kRegi
 }
 
 // sums += the products over one stage. float32 values are multiplied as pairs of TF32 values: three
-// products keep 22 bits, one keeps 11. The matrix units round sums towards zero; a stage's own sum
+// products keep 20 bits, one keeps 11. The matrix units round sums towards zero; a stage's own sum
 // is short, and joins the others by a rounded addition.
 template <class Traits>
 __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,
@@ -366,7 +447,7 @@ __global__ void __launch_bounds__(kMapThreads, 2)
     map_similarity_tiles(MapSimilarityParams params, MapSimilarityLaunch launch,
                          const MapTerms<float>* x_terms, const MapTerms<float>* y_terms,
                          float* partial) {
-  __shared__ MapShared shared;
+  __shared__ MapShared<Traits> shared;
   const ChannelDotLayout& layout = params.maps.layout;
   const int64_t chunks = ceil_div(layout.positions, Traits::kDepth);
   const float scale = static_cast<float>(params.scale);
@@ -383,9 +464,10 @@ __global__ void __launch_bounds__(kMapThreads, 2)
     const bool computes = task.first_map[0] + row < layout.channel.size &&
                           task.first_map[1] + column < layout.channel.size &&
                           !(task.diagonal && row > column);
-    const MapLoader<Traits> loader{params, task, {x_terms, y_terms}, shared};
+    const MapLoader<Traits> loader{params, launch, task, {x_terms, y_terms}, shared};
     WarpTile sums{}, totals{};
     MapCursor loaded{0, 0, 0}, centred{0, 0, 0}, summed{0, 0, 0};
+#pragma unroll 1
     for (int stage = 0; stage < kMapStages - 1; ++stage) {
       loader.load(loaded);
       loaded.advance(chunks);
@@ -457,6 +539,8 @@ void with_map_similarity_kernel(MapLoads loads, Use use) {
   switch (loads) {
     case MapLoads::kRows:
       return use(map_similarity_tiles<MapTraits<T, MapLoads::kRows>>);
+    case MapLoads::kUnalignedRows:
+      return use(map_similarity_tiles<MapTraits<T, MapLoads::kUnalignedRows>>);
     case MapLoads::kChannelsLast:
       return use(map_similarity_tiles<MapTraits<T, MapLoads::kChannelsLast>>);
     case MapLoads::kStrided:

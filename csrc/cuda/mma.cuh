@@ -17,11 +17,6 @@ namespace ccp {
 template <class T>
 constexpr int kMmaDepth = 32 / sizeof(T);
 
-template <class T>
-constexpr bool kIsBFloat16 = false;
-template <>
-inline constexpr bool kIsBFloat16<BFloat16> = true;
-
 #ifdef __CUDACC__
 
 // C += A * B with float32 accumulation; the products are exact.
@@ -80,14 +75,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "memory");
 }
 
-// Begins to copy kBytes from global to shared memory, or to write as many zero bytes unless
-// `valid`. Both addresses are aligned to kBytes. What is written may be read by this thread after
-// wait_for_copies, by others after a barrier that follows.
+// Begins to copy the first `bytes` of kBytes from global to shared memory, and to write zeros in
+// place of the others. Both addresses are aligned to kBytes. What is written may be read by this
+// thread after wait_for_copies, by others after a barrier that follows.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_part_async(void* shared, const void* global, int bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
                  : "memory");
@@ -182,11 +176,11 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 template <int kBytes>
-void copy_async(void* shared, const void* global, bool valid) {
+void copy_part_async(void* shared, const void* global, int bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emu::require_aligned(global, kBytes, "the source of a copy");
   emu::require_aligned(shared, kBytes, "the target of a copy");
-  emu::begin_copy(shared, valid ? global : nullptr, kBytes);
+  emu::begin_copy(shared, global, bytes, kBytes);
 }
 
 inline void commit_copies() { emu::commit_copies(); }
@@ -198,14 +192,22 @@ void wait_for_copies() {
 
 #endif
 
-// A float32 value as the sum of two TF32 values, to within 2^-22 of it.
+// All kBytes, or zeros unless `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_part_async<kBytes>(shared, global, valid ? kBytes : 0);
+}
+
+// A float32 value as the sum of two numbers, to within 2^-21 of it by the 11 bits that the matrix
+// units use of each. Without round_to_tf32, which takes as many instructions as all of this and
+// keeps every NaN; here `big` loses some, but `small` is NaN then.
 struct Tf32Pair {
   uint32_t big, small;
 };
 
 __device__ __forceinline__ Tf32Pair split_tf32(float value) {
-  const uint32_t big = round_to_tf32(value);
-  return {big, round_to_tf32(value - float_from_bits(big))};
+  const uint32_t big = (bits_from_float(value) + 0x1000u) & 0xffffe000u;
+  return {big, bits_from_float(value - float_from_bits(big))};
 }
 
 }  // namespace ccp

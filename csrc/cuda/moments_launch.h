@@ -15,7 +15,10 @@ struct MomentRows {
   int64_t length, stride;
   int64_t chunks;      // of a row
   int64_t all_chunks;  // of all rows of a channel
-  WholeRows whole;
+  WholeRows whole;     // of single units
+  // Rows of one chunk each, `step` elements apart, that all begin equally far behind a boundary.
+  bool alike;
+  int64_t step;
 };
 
 struct ChannelMomentsLaunch {
@@ -58,7 +61,11 @@ inline ChannelMomentsLaunch plan_moments_rows(const ChannelMomentsParams& params
   ChannelMomentsLaunch launch{};
   launch.vector = unit_stride(inner) ? kVectorBytes / element_size : 1;
   const int64_t length = inner.size, unit = launch.vector;
-  const int64_t units = ceil_div(length + 2 * (unit - 1), unit);  // at most
+  bool aligned = reinterpret_cast<uintptr_t>(params.x) % kVectorBytes == 0 &&
+                 layout.channel.x_stride % unit == 0;
+  for (int d = 0; d < layout.position_dims - 1; ++d)
+    aligned = aligned && layout.position[d].x_stride % unit == 0;
+  const int64_t units = ceil_div(length + (aligned ? 0 : unit - 1), unit);  // at most
   MomentRows& rows = launch.rows;
   rows.threads = units <= 32 ? 8 : 32;
   rows.length = length;
@@ -68,7 +75,9 @@ inline ChannelMomentsLaunch plan_moments_rows(const ChannelMomentsParams& params
   int64_t extent = (layout.channel.size - 1) * layout.channel.x_stride + 1;
   for (int d = 0; d < layout.position_dims; ++d)
     extent += (layout.position[d].size - 1) * layout.position[d].x_stride;
-  rows.whole = whole_rows(params.x, extent, length, unit, element_size);
+  rows.whole = whole_rows(params.x, extent, unit, unit, element_size);
+  rows.step = layout.position_dims == 2 ? layout.position[0].x_stride : 0;
+  rows.alike = rows.chunks == 1 && layout.position_dims <= 2 && rows.step % unit == 0;
   launch.tasks = ceil_div(layout.channel.size, kBlockThreads / rows.threads);
   launch.split = split_work(rows.all_chunks, 4 * kMomentLoads, 1, launch.tasks);
   return finish_plan(launch);

@@ -45,12 +45,14 @@ struct CorrelationShared {
 };
 
 // Where unit `unit` of position `row` lies in a panel: mixed so that the eight positions that a
-// warp reads at once lie on different memory banks. Eight units stay together, so that what is
-// added to the unit or the position in multiples of eight is added to the address.
+// warp reads at once lie on different memory banks, and so do the two or four neighbouring
+// positions that eight threads write at once. Eight units stay together, so that what is added to
+// the unit or the position in multiples of eight is added to the address.
 template <class Traits>
 __device__ __forceinline__ unsigned char* correlation_unit(unsigned char* panel, unsigned row,
                                                            unsigned unit) {
-  const unsigned mask = sizeof(typename Traits::T) == 2 ? row % 8 : row % 4 * 2;
+  const unsigned pairs = row % 2 * 4 + row / 2 % 2 * 2;
+  const unsigned mask = sizeof(typename Traits::T) == 2 ? pairs + row / 4 % 2 : pairs;
   return panel + (row * Traits::kRowUnits + unit / 8 * 8 + (unit % 8 ^ mask)) * 16;
 }
 
@@ -268,7 +270,7 @@ class CorrelationProduct {
         correlation_unit<Traits>(panel, row, unit + lane / 16))[lane / 4 % 4];
   }
 
-  // float32 values as pairs of TF32 values, of which the big ones replace them.
+  // float32 values as pairs of TF32 values, of which the big ones replace them; or rounded.
   template <int kCount, int kRegisters>
   static __device__ __forceinline__ void split(uint32_t (&values)[kCount][kRegisters],
                                                uint32_t (&small)[kCount][kRegisters]) {
@@ -277,15 +279,20 @@ class CorrelationProduct {
       for (int i = 0; i < kCount; ++i) {
 #pragma unroll
         for (int r = 0; r < kRegisters; ++r) {
-          const Tf32Pair pair = split_tf32(float_from_bits(values[i][r]));
-          values[i][r] = pair.big;
-          small[i][r] = pair.small;
+          const float value = float_from_bits(values[i][r]);
+          if constexpr (Traits::kPrecision == PatchPrecision::kExact) {
+            const Tf32Pair pair = split_tf32(value);
+            values[i][r] = pair.big;
+            small[i][r] = pair.small;
+          } else {
+            values[i][r] = round_to_tf32(value);
+          }
         }
       }
     }
   }
 
-  // Three products of pairs keep 22 bits, one keeps 11.
+  // Three products of pairs keep 20 bits, one keeps 11.
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&small_a)[4],
                                                   const uint32_t (&b)[2],

@@ -38,7 +38,7 @@ template <class T>
 CorrelationMaps correlation_maps(const char* op, const Tensor& x, const PatchSource& source,
                                  const PatchProductParams& params, std::optional<Tensor>& memory,
                                  cudaStream_t stream) {
-  if (readable_in_place(source, sizeof(T))) return maps_in_place(source);
+  if (readable_in_place(source, params.samples, sizeof(T))) return maps_in_place(source);
   const int64_t padded = padded_channels(source, sizeof(T));
   const int64_t positions = source.size[0] * source.size[1];
   memory = torch::stable::new_empty(x, {params.samples, positions, params.groups, padded});

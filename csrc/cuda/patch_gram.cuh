@@ -211,9 +211,14 @@ class MatrixUnitProduct {
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int r = 0; r < kRegisters; ++r) {
-        const Tf32Pair pair = split_tf32(float_from_bits(bits[i][r]));
-        big[i][r] = pair.big;
-        small[i][r] = pair.small;
+        const float value = float_from_bits(bits[i][r]);
+        if constexpr (Traits::kPrecision == PatchPrecision::kExact) {
+          const Tf32Pair pair = split_tf32(value);
+          big[i][r] = pair.big;
+          small[i][r] = pair.small;
+        } else {
+          big[i][r] = round_to_tf32(value);
+        }
       }
     }
   }

@@ -23,6 +23,8 @@ inline std::vector<MomentsCase> channel_moments_cases() {
   return {
       {"rows, 16-byte loads", {3, 5, 8, 8}, {320, 64, 8, 1}, 1},
       {"rows, odd length", {3, 5, 7, 7}, {245, 49, 7, 1}, 1},
+      {"rows, odd length, that lie alike", {7, 8, 7, 7}, {392, 49, 7, 1}, 1},
+      {"misaligned rows that lie alike", {6, 8, 51}, {408, 51, 1}, 1, 3},
       {"rows, two chunks each", {6, 35, 117}, {4095, 117, 1}, 1},
       {"rows shorter than a load", {5, 7, 3}, {21, 3, 1}, 1},
       {"misaligned rows", {2, 3, 64}, {192, 64, 1}, 1, 1},

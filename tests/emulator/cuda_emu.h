@@ -97,8 +97,8 @@ enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Copy {
   void* to;
-  const void* from;  // null to write zeros
-  size_t bytes;
+  const void* from;
+  size_t bytes, all;  // zeros from `bytes` on
 };
 
 struct Fiber {
@@ -276,9 +276,9 @@ inline void require_aligned(const void* address, size_t bytes, const char* acces
 
 // Copies arrive as late as the waiting allows; until then the destination holds NaN. A kernel that
 // reads too early computes NaN, and one that copies over what others still read is a data race.
-inline void begin_copy(void* to, const void* from, size_t bytes) {
-  memset(to, 0xff, bytes);
-  block->running->copies.push_back({to, from, bytes});
+inline void begin_copy(void* to, const void* from, size_t bytes, size_t all) {
+  memset(to, 0xff, all);
+  block->running->copies.push_back({to, from, bytes, all});
 }
 
 inline void commit_copies() {
@@ -291,11 +291,8 @@ inline void finish_copies(size_t still_pending) {
   std::vector<std::vector<Copy>>& pending = block->running->pending;
   while (pending.size() > still_pending) {
     for (const Copy& copy : pending.front()) {
-      if (copy.from) {
-        memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        memset(copy.to, 0, copy.bytes);
-      }
+      memcpy(copy.to, copy.from, copy.bytes);
+      memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.all - copy.bytes);
     }
     pending.erase(pending.begin());
   }
@@ -309,6 +306,7 @@ inline void finish_copies(size_t still_pending) {
 
 inline void __syncthreads() { emu::sync_block(); }
 inline void __syncwarp() { emu::sync_warp(); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned source) {

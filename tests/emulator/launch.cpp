@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/gram_launch.h"
+#include "csrc/cuda/moments_launch.h"
 #include "csrc/cuda/patch_launch.h"
 #include "csrc/patch_pieces.h"
 #include "csrc/triangle.h"
@@ -92,6 +93,27 @@ void test_rows() {
          gaps.vector == 8 && gaps.row.at_once == 1 && gaps.row.outer.size == 3);
   const ChannelDotLayout same = layout_of({3, 5, 49}, {0, 49, 1}, {0, 49, 1});
   expect("rows that are not ascending", plan(data, data, same).vector == 1);
+}
+
+void test_moments() {
+  alignas(16) uint16_t data[64];
+  const auto plan = [&](const uint16_t* x, const Sizes& sizes, const Sizes& strides) {
+    Sizes all{1}, apart{0};  // no samples: they are positions
+    all.insert(all.end(), sizes.begin(), sizes.end());
+    apart.insert(apart.end(), strides.begin(), strides.end());
+    return ccp::plan_channel_moments({x, nullptr, layout_of(all, apart, apart, 2)},
+                                     sizeof(uint16_t))
+        .rows;
+  };
+  const ccp::MomentRows aligned = plan(data, {9, 8, 64}, {512, 64, 1});
+  expect("eight threads read an aligned row of eight units", aligned.chunks == 1);
+  expect("which lies like the others", aligned.alike && aligned.step == 512);
+  expect("elsewhere a row of eight units may reach into nine",
+         plan(data + 1, {9, 8, 64}, {512, 64, 1}).chunks == 2);
+  const ccp::MomentRows odd = plan(data, {9, 8, 49}, {392, 49, 1});
+  expect("odd rows, whole units apart, lie alike", odd.alike && odd.chunks == 1);
+  expect("not if they are not", !plan(data, {9, 7, 49}, {343, 49, 1}).alike);
+  expect("nor do rows of rows", !plan(data, {9, 8, 5, 6}, {640, 80, 8, 1}).alike);
 }
 
 void test_split() {
@@ -284,6 +306,13 @@ void test_correlations() {
   params.left.channels = params.right.channels = 16;
   expect("few channels would leave tiles empty",
          !ccp::correlations_pay(correlations(params), params, 64));
+  for (const int64_t channels : {128, 256, 512}) {
+    ccp::PatchProductParams alone = square_gram(28, 1, 1, 0);
+    alone.left.channels = alone.right.channels = channels;
+    alone.samples = 256;
+    expect("without a window, too, although the diagonal's tiles are larger",
+           ccp::correlations_pay(correlations(alone), alone, 64));
+  }
   params.samples = int64_t{1} << 40;
   expect("a block counts positions in 32 bits",
          correlations(params).length <= ccp::kCorrelationMaximumStages);
@@ -298,15 +327,25 @@ void test_maps_in_place() {
   alignas(16) char data[32];
   ccp::PatchSource source{data,         64,     {7, 5}, 64 * 35, 1,
                           {64 * 5, 64}, {3, 3}, {1, 1}, {1, 1},  {1, 1}};
-  expect("aligned channels-last maps are read in place", ccp::readable_in_place(source, 2));
+  expect("aligned channels-last maps are read in place", ccp::readable_in_place(source, 3, 2));
+  source.sample_stride += 4;
+  expect("not with samples half a unit apart", !ccp::readable_in_place(source, 3, 2));
+  expect("unless there is one", ccp::readable_in_place(source, 1, 2));
+  source.sample_stride -= 4;
+  source.position_stride[1] = 1;
+  expect("not with neighbouring positions", !ccp::readable_in_place(source, 3, 2));
+  source.size[1] = 1;
+  expect("unless there is one in a row", ccp::readable_in_place(source, 3, 2));
+  source.size[1] = 5;
+  source.position_stride[1] = 64;
   source.data = data + 2;
-  expect("not at another address", !ccp::readable_in_place(source, 2));
+  expect("not at another address", !ccp::readable_in_place(source, 3, 2));
   source.data = data;
   source.channels = 60;
-  expect("not with half a unit of channels", !ccp::readable_in_place(source, 2));
-  expect("four floats are a unit", ccp::readable_in_place(source, 4));
+  expect("not with half a unit of channels", !ccp::readable_in_place(source, 3, 2));
+  expect("four floats are a unit", ccp::readable_in_place(source, 3, 4));
   source.channel_stride = 35;
-  expect("not with contiguous positions", !ccp::readable_in_place(source, 4));
+  expect("not with contiguous positions", !ccp::readable_in_place(source, 3, 4));
   expect("packing rounds the channels up",
          ccp::packed_maps(source, 3, 2, data).sample_stride == 35 * 3 * 64);
 }
@@ -323,6 +362,7 @@ int main() {
   test_layouts();
   test_vector_width();
   test_rows();
+  test_moments();
   test_split();
   test_grid();
   test_tiles();

@@ -142,12 +142,18 @@ void check_tf32() {
   std::mt19937 random(3);
   for (const float value : testing::random_values<float>(1000, random)) {
     const ccp::Tf32Pair pair = ccp::split_tf32(value);
-    const double big = ccp::float_from_bits(pair.big), small = ccp::float_from_bits(pair.small);
+    const double big = ccp::float_from_bits(pair.big);
+    const double small = ccp::float_from_bits(pair.small & 0xffffe000u);  // what the units use
     testing::expect("TF32 has 11 significant bits", (pair.big & 0x1fffu) == 0);
     testing::expect("rounded to nearest",
                     std::fabs(value - big) <= std::ldexp(std::fabs(value), -11));
     testing::expect("the pair is the value",
-                    std::fabs(value - big - small) <= std::ldexp(std::fabs(value), -22));
+                    std::fabs(value - big - small) <= std::ldexp(std::fabs(value), -21));
+  }
+  for (const uint32_t bits : {0x7fc00000u, 0x7fffffffu, 0xffffffffu, 0x7f800000u, 0xff800000u}) {
+    const ccp::Tf32Pair pair = ccp::split_tf32(ccp::float_from_bits(bits));
+    const float sum = ccp::float_from_bits(pair.big) + ccp::float_from_bits(pair.small);
+    testing::expect("NaN and infinity stay no numbers", !std::isfinite(sum));
   }
 }
 

@@ -23,7 +23,7 @@ unsigned grid(int64_t blocks, unsigned seed) {
 template <class T>
 CorrelationMaps maps_of(const PatchProductParams& params, const PatchSource& source,
                         std::vector<T>& memory, unsigned seed) {
-  if (ccp::readable_in_place(source, sizeof(T))) return ccp::maps_in_place(source);
+  if (ccp::readable_in_place(source, params.samples, sizeof(T))) return ccp::maps_in_place(source);
   const int64_t padded = ccp::padded_channels(source, sizeof(T));
   const int64_t positions = source.size[0] * source.size[1];
   memory.resize(params.samples * positions * params.groups * padded);
@@ -69,6 +69,36 @@ void check(const PatchCase& test, int schedules) {
     PatchTest<T>(test, channels_last).template check<float>(schedules, run<T>);
 }
 
+// Whether eight lanes, of 16 bytes each, meet every memory bank once.
+template <class Place>
+bool on_all_banks(Place place) {
+  unsigned met = 0;
+  for (unsigned lane = 0; lane < 8; ++lane)
+    met |= 1u << reinterpret_cast<uintptr_t>(place(lane)) / 16 % 8;
+  return met == 0xff;
+}
+
+template <class Traits>
+void check_banks() {
+  alignas(128) static unsigned char panel[Traits::kDepth * Traits::kRowUnits * 16];
+  const auto at = [](unsigned row, unsigned unit) {
+    return ccp::correlation_unit<Traits>(panel, row, unit);
+  };
+  for (unsigned thread = 0; thread < Traits::kThreads; thread += 8)
+    for (unsigned unit = 0; unit < Traits::kRowUnits; unit += Traits::kLanes)
+      testing::expect("copies meet no bank twice", on_all_banks([&](unsigned lane) {
+                        return at((thread + lane) / Traits::kLanes,
+                                  (thread + lane) % Traits::kLanes + unit);
+                      }));
+  // Eight rows of one unit for bfloat16, four of two for float32.
+  constexpr unsigned kRows = sizeof(typename Traits::T) == 2 ? 8 : 4;
+  for (unsigned row = 0; row < Traits::kDepth; row += kRows)
+    for (unsigned unit = 0; unit < Traits::kRowUnits; unit += 8 / kRows)
+      testing::expect("fragments meet no bank twice", on_all_banks([&](unsigned lane) {
+                        return at(row + lane % kRows, unit + lane / kRows);
+                      }));
+}
+
 std::vector<PatchCase> cases() {
   return {
       {"several large tiles", 1, 152, 3, 4, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0},
@@ -84,6 +114,10 @@ std::vector<PatchCase> cases() {
 int main(int argc, char** argv) {
   const int schedules = std::stoi(argv[1]);
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
+  check_banks<ccp::CorrelationTraits<float, ccp::kSmallTile, PatchPrecision::kExact>>();
+  check_banks<ccp::CorrelationTraits<float, ccp::kLargeTile, PatchPrecision::kExact>>();
+  check_banks<ccp::CorrelationTraits<ccp::BFloat16, ccp::kSmallTile, PatchPrecision::kExact>>();
+  check_banks<ccp::CorrelationTraits<ccp::BFloat16, ccp::kLargeTile, PatchPrecision::kExact>>();
   for (const PatchCase& test : cases()) {
     check<float>(test, schedules);
     check<ccp::BFloat16>(test, schedules);
