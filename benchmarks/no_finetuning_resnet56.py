@@ -3,10 +3,11 @@
     python -m benchmarks.no_finetuning_resnet56 --weights resnet56-4bfd9763.th --data data/cifar10
 
 Inner channels are chosen by each criterion, with one common share for all groups or an optimal
-allocation, and the network is repaired by least squares (:func:`ccp_ext.refit`), with and without
-BatchNorm re-estimation afterwards. Statistics and repair use training images only. Options are to
-be chosen by the first half of the test set; figures are those of the second. Rows are written as
-they are done, and a second call continues.
+allocation, and the network is repaired by least squares (:func:`ccp_ext.refit`). With
+``--module-iterations`` whole stages are fitted to the plain model's after that
+(:func:`ccp_ext.refit_modules`). BatchNorm re-estimation follows, unless left out. Statistics and
+repair use training images only. Options are to be chosen by the first half of the test set; figures
+are those of the second. Rows are written as they are done, and a second call continues.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarks.evidence import REFIT_MEMORY, UNPRUNED, Rows, Subject, accuracies, add_arguments
 from ccp_ext import criteria, surgery
-from ccp_ext.compensation import LAYERS, reestimate_batchnorm, refit
+from ccp_ext.compensation import LAYERS, reestimate_batchnorm, refit, refit_modules
 from ccp_ext.criteria import gather
 from ccp_ext.graph.channels import SCOPES
 from ccp_ext.planning import make_plan
@@ -40,6 +41,7 @@ KEY = (
     "refit images",
     "layers",
     "joint",
+    "stages",
     "repair",
 )
 
@@ -53,6 +55,11 @@ def main() -> None:
     parser.add_argument("--refit-images", type=int, default=5_000)
     parser.add_argument("--layers", default="cut+classifier", choices=LAYERS)
     parser.add_argument("--joint", type=int, default=8, help="iterations of the Gauss-Newton steps")
+    parser.add_argument("--module-images", type=int, default=10_000)
+    parser.add_argument("--module-steps", type=int, default=2)
+    parser.add_argument(
+        "--module-iterations", type=int, default=0, help="of each step of the stages; 0: no step"
+    )
     parser.add_argument("--scope", default="inner", choices=SCOPES)
     parser.add_argument("--no-reestimation", action="store_true", help="skip the second repair")
     options = parser.parse_args()
@@ -79,6 +86,7 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
         "refit images": options.refit_images,
         "layers": options.layers,
         "joint": options.joint,
+        "stages": _stages(options),
     }
     repairs = ["refit"] if options.no_reestimation else ["refit", "refit, BatchNorm re-estimated"]
     if all(rows.has({**key, "repair": repair}) for repair in repairs):
@@ -90,6 +98,15 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
     images = subject.draw(seed, -options.refit_images)
     settings = {"layers": options.layers, "joint": options.joint, "memory": REFIT_MEMORY}
     left = refit(subject.model, slim, images, **settings, seed=seed)
+    if options.module_iterations:
+        refit_modules(
+            subject.model,
+            slim,
+            subject.draw(seed, -options.module_images),
+            steps=options.module_steps,
+            iterations=options.module_iterations,
+            seed=seed,
+        )
     for repair in repairs:
         if repair != "refit":
             reestimate_batchnorm(slim, images.batches(250))
@@ -101,6 +118,12 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
             "kept": {name: len(choice.kept) for name, choice in plan.groups.items()},
         }
         rows.add({**key, "repair": repair}, figures)
+
+
+def _stages(options: argparse.Namespace) -> str:
+    if not options.module_iterations:
+        return "-"
+    return f"{options.module_steps} x {options.module_iterations}, {options.module_images} images"
 
 
 class _Subject(Subject):

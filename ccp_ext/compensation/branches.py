@@ -72,33 +72,50 @@ class Branch:
         self._put(improve(self.layers, start, wanted, iterations))
 
     def _get(self) -> Parameters:
-        first, second = self.layers.first, self.layers.second
-        scale, shift = self._folded()
-        constant = torch.zeros_like(self.factor)
+        second = self.layers.second
         return (
-            first.weight.detach() * _along_rows(scale, first.weight),
-            shift,
+            *self._first.get(),
             second.weight.detach() * _along_rows(self.factor, second.weight),
-            constant,
+            torch.zeros_like(self.factor),
         )
 
     def _put(self, parameters: Parameters) -> None:
         """The last constant is not needed: the second layer is solved anew."""
         weight, shift, out, _ = parameters
-        scale, old_shift = self._folded()
-        for layer, wanted, by in (
-            (self.layers.first, weight, scale),
-            (self.layers.second, out, self.factor),
-        ):
-            by = _along_rows(by, wanted)
-            layer.weight.data.copy_(torch.where(by == 0, layer.weight, wanted / by))
-        bias = self.layers.first.bias if self.norm is None else self.norm.bias
-        bias.data.add_(shift - old_shift)
+        self._first.put(weight, shift)
+        _put_weight(self.layers.second, out, self.factor)
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """What the BatchNorm multiplies the first convolution's rows by, and the constant [H]."""
-        first, norm = self.layers.first, self.norm
-        bias = 0.0 if first.bias is None else first.bias.detach()
+    @property
+    def _first(self) -> Folded:
+        return Folded(self.layers.first, self.norm)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer and the BatchNorm that reads it, if there is one, as one affine map.
+
+    One of them has a bias, the BatchNorm if there is one.
+    """
+
+    layer: nn.Module
+    norm: _BatchNorm | None
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        """The map's weight ``[H, ...]`` and constant ``[H]``."""
+        weight = self.layer.weight.detach()
+        scale, constant = self._scale_and_constant()
+        return weight * _along_rows(scale, weight), constant
+
+    def put(self, weight: Tensor, constant: Tensor) -> None:
+        """Make it the map; rows that the BatchNorm multiplies by zero stay as they are."""
+        scale, old = self._scale_and_constant()
+        _put_weight(self.layer, weight, scale)
+        bias = self.layer.bias if self.norm is None else self.norm.bias
+        bias.data.add_(constant - old)
+
+    def _scale_and_constant(self) -> tuple[Tensor, Tensor]:
+        layer, norm = self.layer, self.norm
+        bias = 0.0 if layer.bias is None else layer.bias.detach()
         if norm is None:
             return torch.ones_like(bias), bias.clone()
         scale = norm_factor(norm)
@@ -113,3 +130,9 @@ def norm_factor(norm: _BatchNorm) -> Tensor:
 
 def _along_rows(values: Tensor, weight: Tensor) -> Tensor:
     return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _put_weight(layer: nn.Module, weight: Tensor, by: Tensor) -> None:
+    """Give the layer the weight without the rows' factors; rows of factor zero stay."""
+    by = _along_rows(by, weight)
+    layer.weight.data.copy_(torch.where(by == 0, layer.weight, weight / by))

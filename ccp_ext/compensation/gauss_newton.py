@@ -1,7 +1,8 @@
-"""Nonlinear least squares of two convolutions with a ReLU between them."""
+"""Nonlinear least squares of convolutions with what lies between them."""
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,30 @@ _DAMPING = 1e-3
 # Parts of the Gauss-Newton step that are tried, in this order.
 _STEPS = (1.0, 0.5, 0.25)
 
-# The first convolution's weight and constant, the second's.
-Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
+# Weight and constant of each layer in turn.
+Parameters = tuple[Tensor, ...]
 Samples = Sequence[tuple[Tensor, Tensor]]
+Precondition = Callable[[Parameters], Parameters]
+
+
+class Network(abc.ABC):
+    """A function of an input with the weights and constants of its layers as parameters."""
+
+    @abc.abstractmethod
+    def __call__(self, parameters: Parameters, x: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def preconditioner(self, parameters: Parameters, samples: Samples) -> Precondition:
+        """Of the normal equations' matrix, the sum of J'J over the samples."""
+
+    def loss(self, parameters: Parameters, samples: Samples) -> float:
+        """sum of |y - target|^2 over the samples and positions."""
+        errors = (self(parameters, x) - target for x, target in samples)
+        return sum(error.square().sum(dtype=torch.float64).item() for error in errors)
 
 
 @dataclass(frozen=True)
-class TwoConvolutions:
+class TwoConvolutions(Network):
     """y = second(relu(first(x))), with weights and constants as parameters.
 
     Attributes:
@@ -42,15 +60,11 @@ class TwoConvolutions:
         _, _, weight, constant = parameters
         return self.second._conv_forward(self.hidden(parameters, x), weight, constant)
 
-    def loss(self, parameters: Parameters, samples: Samples) -> float:
-        """sum of |y - target|^2 over the samples and positions."""
-        errors = (self(parameters, x) - target for x, target in samples)
-        return sum(error.square().sum(dtype=torch.float64).item() for error in errors)
+    def preconditioner(self, parameters: Parameters, samples: Samples) -> Precondition:
+        return _preconditioner(self, parameters, samples)
 
 
-def improve(
-    layers: TwoConvolutions, start: Parameters, samples: Samples, iterations: int
-) -> Parameters:
+def improve(layers: Network, start: Parameters, samples: Samples, iterations: int) -> Parameters:
     """One Gauss-Newton step toward min sum |y - target|^2, by conjugate gradients.
 
     The normal equations J'J d = -J'e are solved approximately, so that directions which the
@@ -65,7 +79,7 @@ def improve(
         samples: inputs ``[N, I, ...]`` and targets ``[N, O, ...]``.
         iterations: of the conjugate gradients; each costs about six passes over the samples.
     """
-    precondition = _preconditioner(layers, start, samples)
+    precondition = layers.preconditioner(start, samples)
 
     def curvature(direction: Parameters) -> Parameters:
         return _pull_back(layers, start, samples, lambda f, _: jvp(f, (start,), (direction,))[1])
@@ -83,7 +97,7 @@ def improve(
 def conjugate_gradients(
     matrix: Callable[[Parameters], Parameters],
     right: Parameters,
-    precondition: Callable[[Parameters], Parameters],
+    precondition: Precondition,
     iterations: int,
 ) -> Parameters:
     """``matrix^-1 right`` after so many iterations from zero; fewer where nothing is left."""
@@ -117,7 +131,7 @@ def solve_second(
 
 
 def _pull_back(
-    layers: TwoConvolutions,
+    layers: Network,
     parameters: Parameters,
     samples: Samples,
     outputs: Callable[[Callable[[Parameters], Tensor], Tensor], Tensor],
@@ -136,7 +150,7 @@ def _pull_back(
 
 def _preconditioner(
     layers: TwoConvolutions, parameters: Parameters, samples: Samples
-) -> Callable[[Parameters], Parameters]:
+) -> Precondition:
     """Inverses of Kronecker products near the two diagonal blocks of J'J.
 
     The left factor of the first layer assumes that the second one's windows overlap as inside of
@@ -147,29 +161,36 @@ def _preconditioner(
     active, count = 0.0, 0
     for x, _ in samples:
         h = layers.hidden(parameters, x)
-        sums[0] = sums[0] + _gram_with_ones(first, x)
-        sums[1] = sums[1] + _gram_with_ones(second, h)
+        sums[0] = sums[0] + gram_with_ones(first, x)
+        sums[1] = sums[1] + gram_with_ones(second, h)
         on = (h > 0).transpose(0, 1).flatten(1).float()  # float16 cannot count them
         active, count = active + on @ on.T, count + on.shape[1]
     weight = parameters[2].flatten(2)  # [O, H, places]
     pulled = torch.einsum("oip,ojp->ij", weight, weight) * (active / count).to(weight)
     lefts = pulled, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    inverses = [
-        (_damped_inverse(left).to(weight), _damped_inverse(right).to(weight))
-        for left, right in zip(lefts, sums, strict=True)
-    ]
+    return kronecker_inverse(list(zip(lefts, sums, strict=True)))
+
+
+def kronecker_inverse(factors: Sequence[tuple[Tensor, Tensor]]) -> Precondition:
+    """What multiplies each layer's weight and constant, ``[O, F + 1]``, by damped inverses.
+
+    Args:
+        factors: of each layer, from the left ``[O, O]`` and from the right ``[F + 1, F + 1]``.
+    """
+    inverses = [tuple(map(_damped_inverse, pair)) for pair in factors]
 
     def precondition(p: Parameters) -> Parameters:
         fitted = []
         for (left, right), w, constant in zip(inverses, p[::2], p[1::2], strict=True):
-            rows = left @ torch.cat([w.flatten(1), constant.unsqueeze(1)], 1) @ right
+            rows = torch.cat([w.flatten(1), constant.unsqueeze(1)], 1)
+            rows = left.to(w) @ rows @ right.to(w)
             fitted += [rows[:, :-1].view_as(w), rows[:, -1]]
         return tuple(fitted)
 
     return precondition
 
 
-def _gram_with_ones(layer: nn.Module, x: Tensor) -> Tensor:
+def gram_with_ones(layer: nn.Module, x: Tensor) -> Tensor:
     """Second moments ``[F + 1, F + 1]``, summed, of the layer's patches and a one."""
     total = patch_sum(layer, x)
     count = total.new_tensor([len(x) * math.prod(output_sizes(layer, x))])
