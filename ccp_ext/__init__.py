@@ -10,7 +10,7 @@ from ccp_ext import criteria, datasets, finetune, measure, models, ops, referenc
 from ccp_ext._build import build_info, usable_devices
 from ccp_ext.allocation import Allocation, allocate
 from ccp_ext.allocation.latency import LatencyTable
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit, refit_modules
 from ccp_ext.cost import Cost
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import evaluate
@@ -55,6 +55,7 @@ __all__ = [
     "reference",
     "refine",
     "refit",
+    "refit_modules",
     "save",
     "select",
     "trace",

@@ -177,15 +177,43 @@ def test_nothing_else_changes_and_a_repeat_is_equal_to_the_bit():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in slim.modules())
 
 
-def test_no_more_images_are_used_than_the_positions_need(monkeypatch):
-    monkeypatch.setattr(fitting, "_POSITIONS", 20 * 64)
+@pytest.mark.parametrize("limit", ["positions", "memory"])
+def test_no_more_images_are_used_than_needed_or_fit(monkeypatch, limit):
+    options = {}
+    if limit == "positions":
+        monkeypatch.setattr(fitting, "_POSITIONS", 20 * 64)
+    else:
+        monkeypatch.setattr(fitting, "too_wide", lambda features, memory: False)
+        options["memory"] = 20.5 * 2 * 4 * 64 * 4 / 2**30
     results = []
     for count in (20, 40):
         model, slim = pruned()
         data = images(40).subset(range(count))
-        refit_modules(model, slim, data, steps=1, iterations=2, batch_size=16, progress=False)
+        refit_modules(
+            model,
+            slim,
+            data,
+            ["stage1"],
+            steps=1,
+            iterations=2,
+            batch_size=16,
+            progress=False,
+            **options,
+        )
         results.append(slim.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_a_layer_whose_equations_do_not_fit_into_memory_stays_as_it_is(monkeypatch):
+    model, slim = pruned()
+    wide = slim.stage1[0].conv1.weight[0].numel()
+    assert wide > slim.stage1[0].conv2.weight[0].numel()
+    monkeypatch.setattr(fitting, "too_wide", lambda features, memory: features >= wide)
+    before = copy.deepcopy(slim.state_dict())
+    refit_modules(model, slim, images(), ["stage1"], steps=1, iterations=2, progress=False)
+    moved = {k for k, value in slim.state_dict().items() if not torch.equal(value, before[k])}
+    assert "stage1.0.conv2.weight" in moved
+    assert not moved & {"stage1.0.conv1.weight", "stage1.0.bn1.bias"}
 
 
 class Reads(Net):
@@ -223,6 +251,7 @@ def test_a_convolution_that_is_read_beside_its_norm_is_told():
         (["stage1.0.relu"], {}, "fewer channels"),
         (["stage1.0.bn2"], {}, "no layer"),
         (None, {"steps": 0}, "steps must be 1 or more, got 0"),
+        (None, {"memory": 0.0}, "memory must be a positive number"),
         (None, {"iterations": 0}, "iterations must be 1 or more, got 0"),
     ],
 )

@@ -23,7 +23,9 @@ from ccp_ext.compensation.gauss_newton import (
     improve,
     kronecker_inverse,
 )
+from ccp_ext.compensation.holding import GIBIBYTE, too_wide
 from ccp_ext.compensation.layers import Layer, as_input, evaluating, find_layers
+from ccp_ext.compensation.refitting import MEMORY
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
@@ -48,6 +50,7 @@ def refit_modules(
     *,
     steps: int = 2,
     iterations: int = 4,
+    memory: float = MEMORY,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
@@ -75,6 +78,9 @@ def refit_modules(
             give as many channels as before.
         steps: Gauss-Newton steps of a module, each from where the last one has led, at least 1.
         iterations: of the conjugate gradients that solve for a step, at least 1.
+        memory: GiB for inputs and targets of one module, whose images are fewer if need be. A
+            layer whose normal equations alone would take more than half of it stays as it is.
+        batch_size: images that go through the models together up to the module.
         seed: of the random signs that make the preconditioner.
 
     Returns:
@@ -87,7 +93,10 @@ def refit_modules(
     for name, value in (("steps", steps), ("iterations", iterations)):
         if value < 1:
             raise InputError(f"refit_modules: {name} must be 1 or more, got {value!r}")
-    layers = find_layers(model, slim, images)
+    if not memory > 0:
+        raise InputError(f"refit_modules: memory must be a positive number of GiB, got {memory!r}")
+    size = memory * GIBIBYTE
+    layers = [x for x in find_layers(model, slim, images) if not too_wide(x.features, size)]
     example = as_input(slim, images.normalise(images.images[:1]))
     with evaluating(model), evaluating(slim):
         if modules is None:
@@ -97,7 +106,7 @@ def refit_modules(
                 raise InputError(f"refit_modules: {path!r} {complaint}")
         left: dict[str, float] = {}
         for path in tqdm(modules, "refit modules", disable=not progress, leave=False):
-            samples = _samples(model, slim, path, images, batch_size)
+            samples = _samples(model, slim, path, images, batch_size, size)
             network = FoldedModule.of(slim, path, layers, samples[0][0][:1], seed)
             left[path] = _fit(network, samples, steps, iterations)
     return left
@@ -259,22 +268,28 @@ def _complaint(model: nn.Module, slim: nn.Module, path: str, example: Tensor) ->
 
 
 def _samples(
-    model: nn.Module, slim: nn.Module, path: str, images: ImageSet, batch_size: int
+    model: nn.Module,
+    slim: nn.Module,
+    path: str,
+    images: ImageSet,
+    batch_size: int,
+    memory: float,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Inputs of the slim model's module and outputs of the plain one's."""
+    """Inputs of the slim model's module and outputs of the plain one's, of the first images."""
     samples: list[tuple[Tensor, Tensor]] = []
-    missing = _POSITIONS
+    seen = 0
     for batch, _ in images.batches(batch_size):
-        if missing <= 0:
-            break
         x = _seen(slim, Tap(path, "input"), batch)
         target = _seen(model, Tap(path), batch)
         positions = target[0, 0].numel()
-        count = math.ceil(missing / positions)
+        fitting = int(memory / (x[0].nbytes + target[0].nbytes))
+        wanted = max(1, min(fitting, math.ceil(_POSITIONS / positions)))
         part = max(1, _SAMPLE_POSITIONS // positions)
-        pair = (_channels_last(maps[:count]).split(part) for maps in (x, target))
+        pair = (_channels_last(maps[: wanted - seen]).split(part) for maps in (x, target))
         samples += zip(*pair, strict=True)
-        missing -= len(batch) * positions
+        seen += len(batch)
+        if seen >= wanted:
+            break
     return samples
 
 
