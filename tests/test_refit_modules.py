@@ -91,8 +91,8 @@ def test_stages_come_nearer_than_a_refit_brings_them_also_on_other_images():
     refit(model, slim, data, progress=False)
     before = {s: (error(model, slim, data, s), error(model, slim, others, s)) for s in stages()}
     left = refit_modules(model, slim, data, progress=False)
-    assert list(left) == ["stage1", "stage2"]
-    for stage in left:
+    assert list(left) == ["stage1", "stage2", "head"]
+    for stage in stages():
         assert error(model, slim, others, stage) < 0.85 * before[stage][1]
     # Only of the first stage is the error before that of the refit.
     assert error(model, slim, data, "stage1") == pytest.approx(
@@ -126,6 +126,17 @@ def test_the_preconditioner_saves_iterations(monkeypatch):
     with_it = network.loss(improve(network, network.get(), data, 4), data)
     monkeypatch.setattr(FoldedModule, "preconditioner", lambda *_: lambda p: p)
     assert with_it < 0.7 * network.loss(improve(network, network.get(), data, 4), data)
+
+
+def test_a_layer_by_itself_is_solved_by_least_squares():
+    model, slim = pruned()
+    data = images()
+    refit_modules(model, slim, data, ["head"], progress=False)
+    x = data.normalise(data.images)
+    inputs = output(nn.Sequential(slim.stem, nn.ReLU(), slim.stage1, slim.stage2), x).mean((2, 3))
+    inputs = torch.cat([inputs, torch.ones(len(x), 1)], 1).double()
+    best = torch.linalg.lstsq(inputs, output(model, x).double()).solution
+    torch.testing.assert_close(output(slim, x).double(), inputs @ best, rtol=1e-2, atol=1e-2)
 
 
 def test_every_step_starts_where_the_last_one_led():

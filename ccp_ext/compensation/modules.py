@@ -74,8 +74,8 @@ def refit_modules(
         images: training images. The first of them are used: the larger the maps of a module's
             output, the fewer.
         modules: paths of modules that take one tensor and give one, in the order of the forward
-            pass. By default the children of the model that do, hold layers that lost inputs, and
-            give as many channels as before.
+            pass; a layer is one too. By default the children of the model that do, give as many
+            channels as before, and hold layers that lost inputs or the last layer.
         steps: Gauss-Newton steps of a module, each from where the last one has led, at least 1.
         iterations: of the conjugate gradients that solve for a step, at least 1.
         memory: GiB for inputs and targets of one module, whose images are fewer if need be. A
@@ -213,16 +213,18 @@ class FoldedModule(Network):
         )
 
     def _named(self, parameters: Parameters) -> dict[str, Tensor]:
-        names = [f"{path}.{kind}" for path in self.layers for kind in ("weight", "bias")]
+        layers = [self.module.get_submodule(path) for path in self.layers]
+        own = {id(value): name for name, value in self.module.named_parameters()}
+        names = [own[id(value)] for layer in layers for value in (layer.weight, layer.bias)]
         return dict(zip(names, parameters, strict=True))
 
 
 def _folded(path: str, layers: Sequence[Layer]) -> Iterator[tuple[str, tuple[Folded, str | None]]]:
     """Of the module's layers that run once and have a place for a constant there: path in the
-    module, with that of the BatchNorm behind it."""
+    module, empty for itself, with that of the BatchNorm behind it."""
     shared = [norm for layer in layers for norm in layer.norms]
     for layer in layers:
-        name = layer.path.removeprefix(f"{path}.")
+        name = "" if layer.path == path else layer.path.removeprefix(f"{path}.")
         inside = all(norm.startswith(f"{path}.") for norm in layer.norms)
         if name == layer.path or layer.calls != 1 or len(layer.norms) > 1 or not inside:
             continue
@@ -234,8 +236,9 @@ def _folded(path: str, layers: Sequence[Layer]) -> Iterator[tuple[str, tuple[Fol
 def _default(
     model: nn.Module, slim: nn.Module, layers: Sequence[Layer], example: Tensor
 ) -> list[str]:
-    """The model's children, in the order of the pass, with layers that were cut."""
-    names = dict.fromkeys(layer.path.partition(".")[0] for layer in layers if layer.cut)
+    """The model's children, in the order of the pass, with layers that were cut or the last."""
+    chosen = [layer for layer in layers if layer.cut or layer is layers[-1]]
+    names = dict.fromkeys(layer.path.partition(".")[0] for layer in chosen)
     return [
         name
         for name in names
