@@ -123,7 +123,8 @@ def _measure(rows, subject, options, criterion: str, allocation: str, seed: int)
 def _stages(options: argparse.Namespace) -> str:
     if not options.module_iterations:
         return "-"
-    return f"{options.module_steps} x {options.module_iterations}, {options.module_images} images"
+    fit = f"{options.module_steps} x {options.module_iterations}, {options.module_images} images"
+    return f"{fit}, classifier"
 
 
 class _Subject(Subject):
