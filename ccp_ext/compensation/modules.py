@@ -148,7 +148,7 @@ class FoldedModule(Network):
             InputError: the copy does not give what the module does; or no layer can take part.
         """
         original = model.get_submodule(path)
-        found = {name: folded for name, folded in _folded(path, layers)}
+        found = dict(_folded(path, layers))
         network = cls(copy.deepcopy(original), {k: f for k, (f, _) in found.items()}, seed)
         for name, (folded, norm) in found.items():
             layer = network.module.get_submodule(name)
