@@ -319,8 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument(
         "--repair",
         default="refit",
-        help="none, or steps of fold, refit-linear, refit, batchnorm joined by + (default refit: "
-        "least squares with Gauss-Newton steps)",
+        help="none, or steps of fold, refit-linear, refit, refit-modules, batchnorm joined by + "
+        "(default refit: least squares with Gauss-Newton steps)",
     )
     _add_repair_images(repair)
     tuning = _add_schedule(prune)
@@ -391,9 +391,9 @@ def _parser() -> argparse.ArgumentParser:
         "--repair",
         type=_list_of(str),
         default=("refit-linear",),
-        help="none, or steps of fold, refit-linear, refit, batchnorm, finetune joined by +, such "
-        "as none,batchnorm,refit+finetune (default refit-linear: refit without its Gauss-Newton "
-        "steps, several times faster)",
+        help="none, or steps of fold, refit-linear, refit, refit-modules, batchnorm, finetune "
+        "joined by +, such as none,batchnorm,refit+finetune (default refit-linear: refit without "
+        "its Gauss-Newton steps, several times faster)",
     )
     _add_repair_images(compare)
     _add_schedule(compare)

@@ -121,7 +121,7 @@ class PruneSettings:
             raise InputError("latency_table is given, but the budget is not a latency")
         steps = repair.parse(self.repair)
         repair.check_memory(self.repair_memory)
-        if self.rounds > 1 and "fold" in steps and repair.REFITS.keys() & set(steps):
+        if self.rounds > 1 and "fold" in steps and any("refit" in step for step in steps):
             raise InputError("repair: fold after a refit of an earlier round has no meaning")
         if self.finetune is None and (self.distil or self.auxiliary_heads):
             option = "distil" if self.distil else "auxiliary_heads"

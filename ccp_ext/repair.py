@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ccp_ext.compensation import MEMORY, Refitted, fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation import (
+    MEMORY,
+    Refitted,
+    fold_means,
+    reestimate_batchnorm,
+    refit,
+    refit_modules,
+)
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 
@@ -17,6 +24,7 @@ STEPS = {
     "fold": "folded",
     "refit-linear": "refitted linearly",
     "refit": "refitted",
+    "refit-modules": "modules refitted",
     "batchnorm": "re-estimated",
 }
 # By the name of a refit its keywords; "refit" takes Gauss-Newton steps.
@@ -63,12 +71,15 @@ def apply(
     Args:
         plain: the model before it was pruned; not needed for "batchnorm".
         images: training images.
-        batch_size: of "fold" and "batchnorm".
-        memory: GiB, of a refit; see :func:`ccp_ext.refit`.
+        batch_size: of all steps but "refit" and "refit-linear".
+        memory: GiB, of a refit; see :func:`ccp_ext.refit` and :func:`ccp_ext.refit_modules`.
     """
     if step in REFITS:
         return refit(plain, slim, images, memory=memory, progress=progress, **REFITS[step])
-    if step == "fold":
+    if step == "refit-modules":
+        options = {"memory": memory, "batch_size": batch_size, "progress": progress}
+        refit_modules(plain, slim, images, **options)
+    elif step == "fold":
         fold_means(plain, slim, images, batch_size=batch_size, progress=progress)
     else:
         reestimate_batchnorm(slim, images.batches(batch_size), progress=progress)

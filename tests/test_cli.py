@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import ccp_ext
 from ccp_ext import cli, criteria, models, pipeline
@@ -436,6 +437,17 @@ def test_interrupted_rounds_go_on_to_the_same_model(
         for folder in (broken, in_rounds)
     ]
     assert forecasts[0] == forecasts[1]
+
+
+def test_modules_are_refitted_after_the_layers(inputs, tmp_path):
+    weights = []
+    for repair in ("refit-linear", "refit-linear+refit-modules"):
+        output = tmp_path / repair
+        assert cli.main(prune_command(inputs, output, criterion="l1", repair=repair)) == 0
+        weights.append(load_file(output / "slim.safetensors"))
+    stages = json.loads((output / "report.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages][-2:] == ["refitted linearly", "modules refitted"]
+    assert any(not torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
 @pytest.mark.parametrize("criterion", ["ccp", "l1"])

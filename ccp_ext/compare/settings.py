@@ -78,8 +78,8 @@ class CompareSettings:
             criterion, and the order of fine-tuning, as the seed of ``ccp prune`` does.
         repair: "none", or steps joined by "+", in their order: "fold" (removed means into the next
             layer), "refit-linear" (least squares), "refit" (with Gauss-Newton steps as well),
-            "batchnorm" (re-estimation), "finetune" (the schedule); see
-            :mod:`ccp_ext.compensation`.
+            "refit-modules" (whole modules, after one of them), "batchnorm" (re-estimation),
+            "finetune" (the schedule); see :mod:`ccp_ext.compensation`.
         allocation: "uniform", "optimal" or "auto" (what each criterion says, see
             :class:`ccp_ext.criteria.Criterion`), for all arms that do not bring their own ("joint"
             is for single arms); see :func:`ccp_ext.make_plan`.
