@@ -169,8 +169,8 @@ def test_two_processes_make_the_rows_of_one_and_the_failure_of_one_leaves_the_ot
     for one, two in zip(results(whole[1]["rows"]), results(result["rows"]), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
-            same = two[name] == value if isinstance(value, str) else math.isclose(two[name], value)
-            assert same, name
+            number = isinstance(value, int | float)
+            assert math.isclose(two[name], value) if number else two[name] == value, name
 
 
 @pytest.mark.gpu
@@ -191,6 +191,8 @@ def test_fine_tuning_is_a_repair_and_leaves_no_checkpoint(inputs, tmp_path):
     rows = run(wanted, tmp_path / "run")["rows"]
     losses = {row["repair"]: row["all loss"] for row in rows if row["criterion"] == "ccp"}
     assert len(set(losses.values())) == 3
+    for row in rows:
+        assert row["repair images"] == (wanted.repair_images if "refit" in row["repair"] else None)
     assert not list((tmp_path / "run" / "rows").glob("*.pt"))
 
 

@@ -253,6 +253,53 @@ def test_a_convolution_that_is_read_beside_its_norm_is_told():
         refit_modules(model, slim, images(), ["stage1"], progress=False)
 
 
+class Changes(Net):
+    """The first stage changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(nn.SiLU(inplace=True), Block(4, 6))
+
+
+def test_a_module_may_change_its_input():
+    torch.manual_seed(0)
+    model = lively(Changes()).eval()
+    graph = ccp_ext.trace(model, torch.randn(1, 3, 8, 8)).select_groups("inner")
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph, 0.5))
+    left = refit_modules(model, slim, images(), ["stage1"], progress=False)
+    assert left["stage1"] < 0.9
+
+
+class Attends(Block):
+    """No forward-mode derivatives."""
+
+    def forward(self, x):
+        tokens = super().forward(x).flatten(2).mT.contiguous()
+        return F.scaled_dot_product_attention(tokens, tokens, tokens).mT.reshape(x.shape)
+
+
+def test_a_module_without_derivatives_is_told_and_left_out_by_default(monkeypatch):
+    torch.manual_seed(0)
+    model = Net()
+    model.stage1 = Attends(4, 6)
+    model = lively(model).eval()
+    graph = ccp_ext.trace(model, torch.randn(1, 3, 8, 8)).select_groups("inner")
+    slim = ccp_ext.prune(copy.deepcopy(model), random_plan(graph, 0.5))
+
+    def refuse(*_):
+        raise NotImplementedError("no rule. Sorry")
+
+    try:
+        left = refit_modules(model, slim, images(), progress=False)
+    except InputError:
+        pytest.fail("by default such a module is left out")
+    if "stage1" in left:  # a later torch, which can
+        monkeypatch.setattr(fitting, "jvp", refuse)
+        assert refit_modules(model, slim, images(), progress=False) == {}
+    with pytest.raises(InputError, match="'stage1' has no forward-mode derivatives"):
+        refit_modules(model, slim, images(), ["stage1"], progress=False)
+
+
 @pytest.mark.parametrize(
     ("modules", "options", "message"),
     [

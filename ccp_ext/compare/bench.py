@@ -104,10 +104,10 @@ class Bench:
             self._last[what] = (key, value, used)
         return self._last[what][1:]
 
-    def _repair(self, slim: nn.Module, job: Job) -> tuple[measure.Resources, int]:
-        """What it took, and the images that every layer had."""
+    def _repair(self, slim: nn.Module, job: Job) -> tuple[measure.Resources, int | None]:
+        """What it took, and the images that every layer had in the refits, if there were any."""
         images = sample(self.inputs.train, self.settings.repair_images, job.seed, "repair")
-        total, fewest = measure.Resources(0.0, 0.0), len(images)
+        total, counts = measure.Resources(0.0, 0.0), []
         for step in repair_steps(job.repair):
             if step == FINETUNE:
                 used = self._finetune(slim, job)
@@ -123,9 +123,9 @@ class Bench:
                         progress=self.progress,
                     )
                 if refitted is not None:
-                    fewest = min([fewest, *refitted.images.values()])
+                    counts += refitted.images.values()
             total = total.then(used)
-        return total, fewest
+        return total, min(counts, default=None)
 
     def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
         with measure.resources(self.device) as used:

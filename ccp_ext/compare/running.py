@@ -44,7 +44,7 @@ def compare(
         :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
         their shares that are kept, the allocation that was taken and its forecast objective,
         accuracy (percent) and loss on the halves of the test set and on the whole, the images that
-        every layer had in the repair, and the seconds and peak memory (MiB) of statistics, choice
+        every layer had in the refits, and the seconds and peak memory (MiB) of statistics, choice
         and repair.
 
     Raises:

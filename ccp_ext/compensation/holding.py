@@ -77,7 +77,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
 
 
 @dataclass(frozen=True)

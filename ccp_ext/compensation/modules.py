@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp
 from tqdm import tqdm
 
 from ccp_ext.compensation.branches import Folded
@@ -74,12 +74,13 @@ def refit_modules(
         images: training images. The first of them are used: the larger the maps of a module's
             output, the fewer.
         modules: paths of modules that take one tensor and give one, in the order of the forward
-            pass; a layer is one too. By default the children of the model that do, give as many
-            channels as before, and hold layers that lost inputs or the last layer.
+            pass; a layer is one too. By default the children of the model that can be fitted, give
+            as many channels as before, and hold layers that lost inputs or the last layer.
         steps: Gauss-Newton steps of a module, each from where the last one has led, at least 1.
         iterations: of the conjugate gradients that solve for a step, at least 1.
-        memory: GiB for inputs and targets of one module, whose images are fewer if need be. A
-            layer whose normal equations alone would take more than half of it stays as it is.
+        memory: GiB for inputs and targets of one module, whose images are fewer if need be. The
+            widest layers stay as they are where the normal equations of all of a module's would
+            take more than half of it.
         batch_size: images that go through the models together up to the module.
         seed: of the random signs that make the preconditioner.
 
@@ -93,21 +94,24 @@ def refit_modules(
     for name, value in (("steps", steps), ("iterations", iterations)):
         if value < 1:
             raise InputError(f"refit_modules: {name} must be 1 or more, got {value!r}")
-    if not memory > 0:
+    if not 0 < memory < math.inf:
         raise InputError(f"refit_modules: memory must be a positive number of GiB, got {memory!r}")
     size = memory * GIBIBYTE
-    layers = [x for x in find_layers(model, slim, images) if not too_wide(x.features, size)]
-    example = as_input(slim, images.normalise(images.images[:1]))
+    layers = find_layers(model, slim, images)
+    example = images.normalise(images.images[:1])
+    left: dict[str, float] = {}
     with evaluating(model), evaluating(slim):
-        if modules is None:
-            modules = _default(model, slim, layers, example)
-        for path in modules:
-            if complaint := _complaint(model, slim, path, example):
+        wanted = _children(layers) if modules is None else modules
+        solvable = {path: _solvable(path, layers, size) for path in wanted}
+        complaints = {k: _complaint(model, slim, k, v, example) for k, v in solvable.items()}
+        for path, complaint in complaints.items():
+            if complaint and modules is not None:
                 raise InputError(f"refit_modules: {path!r} {complaint}")
-        left: dict[str, float] = {}
-        for path in tqdm(modules, "refit modules", disable=not progress, leave=False):
-            samples = _samples(model, slim, path, images, batch_size, size)
-            network = FoldedModule.of(slim, path, layers, samples[0][0][:1], seed)
+        fitting = [path for path, complaint in complaints.items() if not complaint]
+        for path in tqdm(fitting, "refit modules", disable=not progress, leave=False):
+            x = _seen(slim, Tap(path, "input"), example)
+            network = FoldedModule.of(slim, path, solvable[path], x, seed)
+            samples = _samples(model, slim, path, images, network.positions(x), batch_size, size)
             left[path] = _fit(network, samples, steps, iterations)
     return left
 
@@ -145,10 +149,13 @@ class FoldedModule(Network):
             x: an input of the module, to test the copy by.
 
         Raises:
-            InputError: the copy does not give what the module does; or no layer can take part.
+            InputError: no layer can take part, the copy does not give what the module does, or it
+                has no forward-mode derivatives.
         """
         original = model.get_submodule(path)
         found = dict(_folded(path, layers))
+        if not found:
+            raise InputError(f"refit_modules: {path!r} has no layer that can take part")
         network = cls(copy.deepcopy(original), {k: f for k, (f, _) in found.items()}, seed)
         for name, (folded, norm) in found.items():
             layer = network.module.get_submodule(name)
@@ -156,14 +163,26 @@ class FoldedModule(Network):
             if norm:
                 network.module.set_submodule(norm, nn.Identity())
         network.module.requires_grad_(False)
-        expected = original(x)
-        error = (network(network.get(), x) - expected).abs().max()
-        if not found or not error <= _TOLERANCE * expected.abs().max():
+        start, expected = network.get(), original(x.clone())
+        tolerance = max(_TOLERANCE, 8 * torch.finfo(x.dtype).eps)
+        if not (network(start, x) - expected).abs().max() <= tolerance * expected.abs().max():
             raise InputError(
-                f"refit_modules: {path!r} has no layer that can take part, or something reads the "
-                "input of a BatchNorm besides it"
+                f"refit_modules: {path!r} has something that reads the input of a BatchNorm "
+                "besides it"
             )
+        try:
+            jvp(lambda p: network(p, x), (start,), (start,))
+        except (NotImplementedError, RuntimeError) as error:
+            raise InputError(
+                f"refit_modules: {path!r} has no forward-mode derivatives: "
+                f"{str(error).partition('.')[0]}"
+            ) from error
         return network
+
+    def positions(self, x: Tensor) -> int:
+        """Of the output for one image."""
+        last = self.module.get_submodule(list(self.layers)[-1])
+        return math.prod(as_maps(last, self(self.get(), x)).shape[2:])
 
     def get(self) -> Parameters:
         return tuple(value for layer in self.layers.values() for value in layer.get())
@@ -174,7 +193,8 @@ class FoldedModule(Network):
             layer.put(weight, constant)
 
     def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
-        return functional_call(self.module, self._named(parameters), (x,))
+        # The module may change its input in place.
+        return functional_call(self.module, self._named(parameters), (x.clone(),))
 
     def preconditioner(self, parameters: Parameters, samples: Samples) -> Precondition:
         """Inverses of Kronecker products near the layers' blocks of J'J (K-FAC).
@@ -233,20 +253,26 @@ def _folded(path: str, layers: Sequence[Layer]) -> Iterator[tuple[str, tuple[Fol
             yield name, (Folded(layer.slim, own), norm and norm.removeprefix(f"{path}."))
 
 
-def _default(
-    model: nn.Module, slim: nn.Module, layers: Sequence[Layer], example: Tensor
-) -> list[str]:
+def _children(layers: Sequence[Layer]) -> list[str]:
     """The model's children, in the order of the pass, with layers that were cut or the last."""
     chosen = [layer for layer in layers if layer.cut or layer is layers[-1]]
-    names = dict.fromkeys(layer.path.partition(".")[0] for layer in chosen)
-    return [
-        name
-        for name in names
-        if any(_folded(name, layers)) and not _complaint(model, slim, name, example)
-    ]
+    return list(dict.fromkeys(layer.path.partition(".")[0] for layer in chosen))
 
 
-def _complaint(model: nn.Module, slim: nn.Module, path: str, example: Tensor) -> str | None:
+def _solvable(path: str, layers: Sequence[Layer], memory: float) -> list[Layer]:
+    """The module's layers, but for the widest if the normal equations of all do not fit."""
+    chosen, side = set(), 0.0
+    for layer in sorted(layers, key=lambda layer: layer.features):
+        if layer.path == path or layer.path.startswith(f"{path}."):
+            side = math.hypot(side, layer.features)
+            if not too_wide(side, memory):
+                chosen.add(layer.path)
+    return [layer for layer in layers if layer.path in chosen]
+
+
+def _complaint(
+    model: nn.Module, slim: nn.Module, path: str, layers: Sequence[Layer], example: Tensor
+) -> str | None:
     """Why a module cannot be fitted, by a pass of both models on one image."""
     seen: list[Tensor | None] = []
 
@@ -267,6 +293,10 @@ def _complaint(model: nn.Module, slim: nn.Module, path: str, example: Tensor) ->
         return "does not run once, from one tensor to one"
     if seen[0].shape != seen[1].shape:
         return "gives fewer channels than that of the plain model"
+    try:
+        FoldedModule.of(slim, path, layers, _seen(slim, Tap(path, "input"), example), 0)
+    except InputError as error:
+        return str(error).partition(f"{path!r} ")[2]
     return None
 
 
@@ -275,24 +305,22 @@ def _samples(
     slim: nn.Module,
     path: str,
     images: ImageSet,
+    positions: int,
     batch_size: int,
     memory: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """Inputs of the slim model's module and outputs of the plain one's, of the first images."""
+
+    def pair(batch: Tensor) -> tuple[Tensor, Tensor]:
+        return _seen(slim, Tap(path, "input"), batch), _seen(model, Tap(path), batch)
+
+    fitting = int(memory / sum(maps.nbytes for maps in pair(images.normalise(images.images[:1]))))
+    wanted = max(1, min(fitting, math.ceil(_POSITIONS / positions), len(images)))
+    part = max(1, _SAMPLE_POSITIONS // positions)
     samples: list[tuple[Tensor, Tensor]] = []
-    seen = 0
-    for batch, _ in images.batches(batch_size):
-        x = _seen(slim, Tap(path, "input"), batch)
-        target = _seen(model, Tap(path), batch)
-        positions = target[0, 0].numel()
-        fitting = int(memory / (x[0].nbytes + target[0].nbytes))
-        wanted = max(1, min(fitting, math.ceil(_POSITIONS / positions)))
-        part = max(1, _SAMPLE_POSITIONS // positions)
-        pair = (_channels_last(maps[: wanted - seen]).split(part) for maps in (x, target))
-        samples += zip(*pair, strict=True)
-        seen += len(batch)
-        if seen >= wanted:
-            break
+    for batch, _ in images.subset(range(wanted)).batches(min(batch_size, wanted)):
+        parts = (_channels_last(maps).split(part) for maps in pair(batch))
+        samples += zip(*parts, strict=True)
     return samples
 
 

@@ -142,7 +142,7 @@ def refit(
         raise InputError(f"refit: positions must be 1 or more, or None, got {positions!r}")
     if joint < 0:
         raise InputError(f"refit: joint must be a number of iterations, 0 or more, got {joint!r}")
-    if not memory > 0:
+    if not 0 < memory < math.inf:
         raise InputError(f"refit: memory must be a positive number of GiB, got {memory!r}")
     chosen = _choose(find_layers(model, slim, images), layers)
     result = Refitted({}, {}, [], len(images), memory)

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <set>
 #include <utility>
 
 #include "kernels.h"
@@ -22,6 +23,7 @@ class Annealing {
         generator_(seed) {
     for (Index i = 0; i < problem.size; ++i) (mask_[i] ? chosen_ : others_).push_back(i);
     gradient_ = gradient(problem_, mask_);
+    quadratic_.reserve(problem.size * problem.size);
     for (Index i = 0; i < problem.size; ++i) {
       const double* entries = problem.row(i);
       half_.push_back(0.5 * entries[i]);
@@ -33,10 +35,11 @@ class Annealing {
   }
 
   Mask run(std::int64_t proposals, Clock::time_point deadline, const Expired& expired) {
-    if (chosen_.empty() || others_.empty()) return mask_;
+    if (!exchangeable()) return mask_;
     const Clock::time_point begin = Clock::now();
     const bool timed = deadline != Clock::time_point::max();
     const double typical = typical_change();
+    if (!(typical > 0)) return mask_;  // no temperature means anything
     const double length = static_cast<double>(proposals) / (kShort * problem_.size);
     const double hottest = std::clamp(kHotter * std::cbrt(length), kHot, kHottest) * typical;
     const double cooling = kColdest * typical / hottest;
@@ -79,6 +82,15 @@ class Annealing {
 
   double change(Index enter, Index leave) const {
     return gradient_[enter] + half_[enter] + half_[leave] - gradient_[leave] - row(enter)[leave];
+  }
+
+  // Whether a chosen channel weighs as much as one of the others.
+  bool exchangeable() const {
+    if (plain_) return !chosen_.empty() && !others_.empty();
+    std::set<double> weights;
+    for (Index i : chosen_) weights.insert(problem_.weight[i]);
+    return std::any_of(others_.begin(), others_.end(),
+                       [&](Index i) { return weights.count(problem_.weight[i]) > 0; });
   }
 
   double typical_change() {

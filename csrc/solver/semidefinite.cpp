@@ -51,6 +51,7 @@ class Mixing {
                         width_, slopes_.data(), width_});
       for (Index k = 0; k < count; ++k) {
         update(first + k, &slopes_[k * width_]);
+        if (k + 1 == count) break;
         const Index next = first + k + 1;
         rows.add_product({count - k - 1, 1, width_, &modified_[next * stride_ + first + k], stride_,
                           change_.data(), width_, &slopes_[(k + 1) * width_], width_});
