@@ -2,8 +2,9 @@
 
     python -m benchmarks.finetuning_resnet56 --weights resnet56-4bfd9763.th --data data/cifar10
 
-Each network is pruned, repaired by least squares and trained by one schedule. The controls are
-random channels and the unpruned network with the same schedule: what it gains, pruning did not.
+Each network is pruned, repaired by least squares and trained by one schedule, which may distil
+from the unpruned network. The controls are random channels and the unpruned network with the same
+schedule: what it gains, pruning did not.
 The budgets are those of CCP's published table (Peng et al., ICML 2019). Rows are written as they
 are done, and a second call continues; an interrupted training goes on from its last epoch.
 """
@@ -30,7 +31,17 @@ from ccp_ext.graph import trace
 from ccp_ext.planning import make_plan
 
 NAME = "finetuning_resnet56"
-KEY = ("criterion", "MACs kept", "allocation", "stage", "epochs", "learning rate", "seed")
+KEY = (
+    "criterion",
+    "MACs kept",
+    "allocation",
+    "joint",
+    "stage",
+    "epochs",
+    "learning rate",
+    "distillation",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +66,10 @@ class Arm:
 
 
 ARMS = (
-    Arm("ccp", 0.474, "optimal"),
-    Arm("ccp-ac", 0.53, "optimal"),
+    Arm("refit-loss", 0.474, "optimal"),
     Arm(UNPRUNED),
+    Arm("ccp-ac", 0.53, "optimal"),
+    Arm("ccp", 0.474, "optimal"),
     Arm("random", 0.474),
 )
 
@@ -66,28 +78,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=2_500, help="for the statistics")
-    parser.add_argument("--refit-images", type=int, default=2_500)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--refit-images", type=int, default=5_000)
+    parser.add_argument("--joint", type=int, default=8, help="Gauss-Newton iterations of the refit")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--distillation", type=float, default=0.9, help="its weight in the loss")
+    parser.add_argument("--arms", nargs="+", help="criteria (default all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpoints", default="build/finetuning", help="folder")
     options = parser.parse_args()
 
     subject = Subject(options.weights, options.data)
-    rows = Rows(NAME, KEY, {"images": options.images, "refit images": options.refit_images})
+    rows = Rows(NAME, KEY, {"images": options.images})
     before = Arm(UNPRUNED).columns | {"stage": "as given"}
     if not rows.has(before):
         rows.add(before, subject.accuracies(subject.model))
     for seed in options.seeds:
         for arm in ARMS:
-            _measure(rows, subject, options, arm, seed)
+            if not options.arms or arm.criterion in options.arms:
+                _measure(rows, subject, options, arm, seed)
     _finish(rows, options)
 
 
 def _measure(rows: Rows, subject: Subject, options: Any, arm: Arm, seed: int) -> None:
     """The rows of one network, before its training and after."""
-    schedule = {"epochs": options.epochs, "learning rate": options.learning_rate}
-    key = {**arm.columns, "seed": seed}
+    schedule = {
+        "epochs": options.epochs,
+        "learning rate": options.learning_rate,
+        "distillation": options.distillation,
+    }
+    key = {**arm.columns, "seed": seed, "joint": options.joint if arm.macs < 1 else None}
     tuned = {**key, **schedule, "stage": "fine-tuned"}
     if rows.has(tuned):
         return
@@ -96,7 +116,7 @@ def _measure(rows: Rows, subject: Subject, options: Any, arm: Arm, seed: int) ->
     if arm.criterion != UNPRUNED:
         model = _pruned(subject, options, arm, seed)
         if not rows.has(repaired):
-            figures = {"seconds": time.monotonic() - start}
+            figures = {"refit images": options.refit_images, "seconds": time.monotonic() - start}
             rows.add(repaired, subject.accuracies(model) | figures)
     start = time.monotonic()
     _train(model, subject, options, arm, seed)
@@ -112,7 +132,8 @@ def _pruned(subject: Subject, options: Any, arm: Arm, seed: int) -> nn.Module:
     plan = make_plan(subject.graph, costs, macs=arm.macs, allocation=arm.allocation)
     model = surgery.prune(copy.deepcopy(subject.model), plan)
     images = subject.draw(seed, -options.refit_images)
-    refit(subject.model, model, images, memory=REFIT_MEMORY, seed=seed)
+    repair = {"joint": options.joint, "memory": REFIT_MEMORY, "seed": seed, "progress": False}
+    refit(subject.model, model, images, **repair)
     return model
 
 
@@ -120,6 +141,7 @@ def _train(model: nn.Module, subject: Subject, options: Any, arm: Arm, seed: int
     config = FinetuneConfig(
         epochs=options.epochs,
         learning_rate=options.learning_rate,
+        distillation_weight=options.distillation,
         augment="crop_flip",
         channels_last=True,
         amp=True,
@@ -133,14 +155,15 @@ def _train(model: nn.Module, subject: Subject, options: Any, arm: Arm, seed: int
         train_heads(model, heads, subject.draw(seed, options.images), seed=seed, progress=False)
     folder = Path(options.checkpoints)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = (
-        folder / f"{arm.criterion}-{arm.macs}-{options.epochs}-{options.learning_rate}-{seed}.pt"
-    )
+    named = (arm.criterion, arm.macs, options.epochs, options.learning_rate, options.distillation)
+    checkpoint = folder / f"{'-'.join(map(str, (*named, seed)))}.pt"
+    teacher = copy.deepcopy(subject.model).to(memory_format=torch.channels_last)
     finetune(
         model,
         subject.train,
         config,
         device=options.device,
+        teacher=teacher if options.distillation else None,
         auxiliary=heads,
         checkpoint=checkpoint,
         progress=False,
@@ -152,9 +175,11 @@ def _finish(rows: Rows, options: Any) -> None:
     rows.write_table(
         "ResNet-56 / CIFAR-10 with fine-tuning",
         "Test accuracy in percent, mean over the seeds (and standard deviation). "
-        f"{options.images:,} training images for the statistics, {options.refit_images:,} for the "
-        "refit; then all 50,000 with random crops and flips: SGD with Nesterov momentum, cosine "
-        "schedule, bfloat16 autocast. The unpruned network has the same schedule.",
+        f"{options.images:,} training images for the statistics, 5,000 for the refit (2,500 "
+        "without Gauss-Newton steps); then all 50,000 with random crops and flips: SGD with "
+        "Nesterov momentum, cosine schedule, bfloat16 autocast, the unpruned network's outputs "
+        "(temperature 4) with the weight `distillation`. The unpruned network has the same "
+        "schedule.",
         rows.arms(),
     )
 
