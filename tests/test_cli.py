@@ -143,8 +143,13 @@ def test_an_interruption_while_the_package_is_imported_is_quiet(tmp_path):
     slow = "import time; print('importing', flush=True); time.sleep(60)"
     (tmp_path / "ccp_ext" / "__init__.py").write_text(slow)
     path = os.pathsep.join([str(tmp_path), str(Path(ccp_ext.__file__).parents[1])])
+    # The tests themselves may run in the background, where interruptions are ignored.
+    command_line = (
+        "import ccp_command, signal, sys; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(ccp_command.main())"
+    )
     with subprocess.Popen(
-        [sys.executable, "-c", "import ccp_command, sys; sys.exit(ccp_command.main())"],
+        [sys.executable, "-c", command_line],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
