@@ -268,23 +268,24 @@ __global__ void __launch_bounds__(kBlockThreads)
     Extremes<T, kVector> extremes;
     int64_t position = range.begin + line;
     const auto add = [&](auto loads) {
-      Unit<T, kVector> units[loads];
+      constexpr int kLoads = decltype(loads)::value;
+      Unit<T, kVector> units[kLoads];
 #pragma unroll
-      for (int load = 0; load < loads; ++load)
+      for (int load = 0; load < kLoads; ++load)
         units[load] = load_unit<T, kVector>(x + (position + load * height) * stride);
 #pragma unroll
-      for (int load = 0; load < loads; ++load) extremes.add(units[load]);
+      for (int load = 0; load < kLoads; ++load) extremes.add(units[load]);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         TurnSums<Accumulator<T>> turn;
 #pragma unroll
-        for (int load = 0; load < loads; ++load) {
+        for (int load = 0; load < kLoads; ++load) {
           turn.add(units[load].value(v));
           sums[v].zeros += units[load].value(v) == 0;
         }
         sums[v].add(turn);
       }
-      position += loads * height;
+      position += kLoads * height;
     };
     while (position + (kMomentLoads - 1) * height < range.end)
       add(std::integral_constant<int, kMomentLoads>{});
