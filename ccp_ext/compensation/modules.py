@@ -172,7 +172,9 @@ class FoldedModule(Network):
             )
         try:
             jvp(lambda p: network(p, x), (start,), (start,))
-        except (NotImplementedError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what lacks a rule raises this or NotImplementedError
             raise InputError(
                 f"refit_modules: {path!r} has no forward-mode derivatives: "
                 f"{str(error).partition('.')[0]}"
