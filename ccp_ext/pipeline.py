@@ -147,8 +147,8 @@ def run(
     Writes to the folder ``output``: ``settings.json``, ``plan.json``, ``slim.safetensors``,
     ``snapshot.safetensors`` (what the report's page shows of the statistics) and ``report.json``
     (last, so a report means that the rest is whole), ``latency.json`` if it measured a latency
-    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt``, ``heads.pt`` and
-    ``finetune.pt``, and with several rounds a plan of each.
+    table, and while it runs ``stages.json``, ``forecast.json``, ``statistics.pt``, ``repaired.pt``,
+    ``heads.pt`` and ``finetune.pt``, and with several rounds a plan of each.
 
     Returns:
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
@@ -191,7 +191,7 @@ def _run(
     finished = folder.read("report.json", dict)
     if finished is not None:
         if not isinstance(finished.get("stages"), list):
-            raise InputError(f"{folder.path / 'report.json'} is damaged; remove it to go on")
+            raise _damaged(folder.path / "report.json")
         say(f"{folder.path} already holds this run's result")
         return finished
     if table is not None and settings.latency_table is None:
@@ -268,8 +268,12 @@ def _load_heads(heads: AuxiliaryHeads, file: Path) -> None:
     try:
         heads.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{file} is damaged; remove it to go on") from error
+        raise _damaged(file) from error
     heads.eval()
+
+
+def _damaged(file: Path) -> InputError:
+    return InputError(f"{file} is damaged; remove it to go on")
 
 
 @dataclass
@@ -311,28 +315,55 @@ class _Rounds:
         self.plan = plan if self.plan is None else self.plan.then(plan)
         last = "" if number == settings.rounds else f", round {number}"
         self.recorder.record(f"pruned{last}", model)
+        self._repair(number, last)
+
+    def _repair(self, number: int, last: str) -> None:
+        """Take the steps of the repair but for those that were taken before a stop."""
+        settings, model = self.settings, self.inputs.model
+        file = self.folder.path / self._file("repaired", number, "pt")
+        taken = self._load_repaired(file)
         images = sample(self.inputs.train, settings.repair_images, settings.seed, "repair")
-        for step in repair.parse(settings.repair):
+        for count, step in enumerate(repair.parse(settings.repair), 1):
             stage = f"{repair.STEPS[step]}{last}"
-            refitted = repair.apply(
-                step,
-                self.plain,
-                model,
-                images,
-                batch_size=settings.batch_size,
-                memory=settings.repair_memory,
-                progress=self.progress,
-            )
-            if refitted is not None:
-                row = {"stage": stage, "summary": str(refitted)}
-                self.refits.append(row | dataclasses.asdict(refitted))
-                self.recorder.say(f"{stage}: {refitted}")
+            if count > taken:
+                refitted = repair.apply(
+                    step,
+                    self.plain,
+                    model,
+                    images,
+                    batch_size=settings.batch_size,
+                    memory=settings.repair_memory,
+                    progress=self.progress,
+                )
+                if refitted is not None:
+                    row = {"stage": stage, "summary": str(refitted)}
+                    self.refits.append(row | dataclasses.asdict(refitted))
+                    self.recorder.say(f"{stage}: {refitted}")
+                state = {"taken": count, "refits": self.refits, "model": model.state_dict()}
+                with files.atomic_path(file) as temporary:
+                    torch.save(state, temporary)
             self.recorder.record(stage, model)
+
+    def _load_repaired(self, file: Path) -> int:
+        """Make the model what it was at a stop; returns how many steps had been taken."""
+        if not file.exists():
+            return 0
+        state = files.load_tensors(file)
+        try:
+            self.inputs.model.load_state_dict(state["model"])
+            self.refits = state["refits"]
+            return state["taken"]
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise _damaged(file) from error
 
     def temporary_files(self) -> list[str]:
         """What is of no use when the run is over."""
         numbers = range(1, self.settings.rounds + 1)
-        names = [self._file("statistics", number, "pt") for number in numbers]
+        names = [
+            self._file(stem, number, "pt")
+            for stem in ("statistics", "repaired")
+            for number in numbers
+        ]
         plans = [self._file("plan", number, "json") for number in numbers]
         return names + (plans if self.settings.rounds > 1 else [])
 

@@ -130,6 +130,41 @@ def test_heads_that_were_trained_before_a_stop_are_not_again(inputs, tmp_path, c
     assert trained == [3] and not list(output.glob("*.pt"))
 
 
+def test_steps_of_a_repair_that_were_taken_before_a_stop_are_not_again(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"criterion": "l1", "repair": "refit-linear+refit-modules"}
+    assert cli.main(prune_command(inputs, whole, **options)) == 0
+    command = prune_command(inputs, broken, **options)
+    apply = pipeline.repair.apply
+
+    def interrupting(step, *arguments, **others):
+        if step == "refit-modules":
+            raise KeyboardInterrupt
+        return apply(step, *arguments, **others)
+
+    def only_modules(step, *arguments, **others):
+        assert step == "refit-modules"
+        return apply(step, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.repair, "apply", interrupting)
+        assert cli.main(command) == 130
+    capsys.readouterr()
+    kept = torch.load(broken / "repaired.pt")
+    for damaged in ({}, kept | {"model": {"conv1.weight": torch.zeros(1)}}):
+        torch.save(damaged, broken / "repaired.pt")
+        assert "repaired.pt is damaged" in complaint(capsys, command)
+    torch.save(kept, broken / "repaired.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.repair, "apply", only_modules)
+        assert cli.main(command) == 0
+    assert (broken / "slim.safetensors").read_bytes() == (whole / "slim.safetensors").read_bytes()
+    refits = [json.loads((f / "report.json").read_text())["refits"] for f in (broken, whole)]
+    assert refits[0] == refits[1] and not list(broken.glob("*.pt"))
+
+
 def test_the_folder_of_a_running_command_is_refused(inputs, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
