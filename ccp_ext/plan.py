@@ -19,6 +19,7 @@ from ccp_ext import files, plots
 from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
 from ccp_ext.graph.channels import ChannelGraph, Group, InputSpec
+from ccp_ext.tables import table
 
 VERSION = 1
 _FORECASTS = ("macs_before", "macs_after", "parameters_before", "parameters_after")
@@ -41,9 +42,9 @@ class KeptGroup:
     positions: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
-    """Everything that surgery needs, without model, graph or data.
+    """Everything that surgery needs, without model, graph or data; printed, a table of the groups.
 
     Attributes:
         model: class name of the plain model.
@@ -98,6 +99,19 @@ class PruningPlan:
             },
             record=_plain("record", record or {}),
         )
+
+    def __repr__(self) -> str:
+        sizes = []
+        for what in ("MACs", "parameters"):
+            before = self.forecast[f"{what.lower()}_before"]
+            after = self.forecast[f"{what.lower()}_after"]
+            sizes.append(f"{before:,} to {after:,} {what} ({after / before:.1%})")
+        rows = [
+            {"group": name, "channels": group.channels, "kept": len(group.kept)}
+            for name, group in self.groups.items()
+        ]
+        head = f"PruningPlan of {self.model}: {', '.join(sizes)}"
+        return "\n".join([head, *filter(None, [table(rows)])])
 
     def then(self, other: PruningPlan) -> PruningPlan:
         """One plan for the plain model that does what this one and then ``other`` do.

@@ -40,6 +40,20 @@ def test_masks_and_indices_in_any_order_make_the_same_plan(graph):
     assert all(plan == plans[0] for plan in plans)
 
 
+def test_graphs_and_plans_are_printed_as_tables_of_their_groups(graph):
+    lines = repr(graph).splitlines()
+    assert lines[0].startswith("ChannelGraph of ResNet on float32 [1, 3, 16, 16]: ")
+    assert lines[3].split()[:5] == ["conv1", "16", "conv1", "and", "3"]
+    assert lines[4].split() == ["layer1.0.conv1", "16", "layer1.0.conv1", "layer1.0.conv2"]
+    assert lines[-1] == "fixed: linear[0:10] (output of the model)"
+    assert len(lines) == 4 + len(graph.groups)
+    plan = PruningPlan.from_kept(graph, {"layer1.0.conv1": range(8)})
+    macs = f"{graph.macs():,} to {graph.macs({'layer1.0.conv1': 8}):,} MACs"
+    head, *_, last = repr(plan).splitlines()
+    assert macs in head and last.split() == ["layer1.0.conv1", "16", "8"]
+    assert len(repr(PruningPlan.from_kept(graph, {})).splitlines()) == 1
+
+
 def test_plan_names_what_stays_of_each_module(graph):
     plan = PruningPlan.from_kept(graph, {"layer2.0.conv2": [0, 3, 9]})
     # Channels 0..7 and 24..31 of the stage; 0, 3 and 25 stay with the 16 tied to the first stage.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ccp_ext.allocation.resource import Affine, Resource
 from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
+from ccp_ext.tables import table
 
 SCOPES = ("inner", "coupled", "all")
 RESOURCES = ("macs", "params", "activations")
@@ -29,7 +30,7 @@ class Slice:
 
     module: str
     axis: str
-    index: tuple[tuple[int, ...], ...]
+    index: tuple[tuple[int, ...], ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Tap:
     module: str
     port: str = "output"
     channel_dim: int = 1
-    index: tuple[int, ...] | None = None
+    index: tuple[int, ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class InputSpec:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChannelGraph:
-    """What :func:`ccp_ext.trace` finds out about a model.
+    """What :func:`ccp_ext.trace` finds out about a model; printed, a table of the groups.
 
     Attributes:
         model_name: class of the model.
@@ -150,10 +151,19 @@ class ChannelGraph:
     inputs: tuple[InputSpec, ...]
     groups: tuple[Group, ...]
     fixed: tuple[Fixed, ...]
-    layers: tuple[Layer, ...] = field(repr=False)
-    paddings: tuple[Padding, ...] = field(repr=False)
-    other_macs: int = field(repr=False)
-    other_parameters: int = field(repr=False)
+    layers: tuple[Layer, ...]
+    paddings: tuple[Padding, ...]
+    other_macs: int
+    other_parameters: int
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{spec.dtype} {list(spec.shape)}" for spec in self.inputs)
+        head = (
+            f"ChannelGraph of {self.model_name} on {inputs}: {self.macs():,} MACs, "
+            f"{self.parameters():,} parameters, {len(self.groups)} groups"
+        )
+        fixed = [f"fixed: {channels} ({reason})" for channels, reason in self.fixed]
+        return "\n".join([head, *filter(None, [table(self._rows())]), *fixed])
 
     def __getitem__(self, name: str) -> Group:
         """The group of that name; InputError if there is none."""
@@ -278,6 +288,21 @@ class ChannelGraph:
         cuts = {layer.module: _cut_layer(layer, removed) for layer in self.layers}
         cuts |= {padding.module: _cut_padding(padding, removed) for padding in self.paddings}
         return {module: cut for module, cut in cuts.items() if cut != Cut()}
+
+    def _rows(self) -> list[dict[str, str | int]]:
+        def paths(parts: Iterable[Slice]) -> str:
+            names = list(dict.fromkeys(part.module for part in parts))
+            return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)
+
+        return [
+            {
+                "group": group.name,
+                "channels": group.channels,
+                "made by": paths(group.producers),
+                "read by": paths(group.consumers),
+            }
+            for group in self.groups
+        ]
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

@@ -1,5 +1,5 @@
 """What a run or a comparison says: tables, summaries, and one HTML page."""
 
-from ccp_ext.report.tables import cell, table
+from ccp_ext.tables import cell, table
 
 __all__ = ["cell", "table"]

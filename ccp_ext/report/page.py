@@ -26,7 +26,7 @@ from ccp_ext.ops import map_similarity
 from ccp_ext.plan import PruningPlan
 from ccp_ext.report import summary, svg
 from ccp_ext.report.snapshot import Snapshot
-from ccp_ext.report.tables import cell
+from ccp_ext.tables import cell
 
 PAIRS = 4
 _MATRIX = 256  # pixels a side; wider ones are averaged

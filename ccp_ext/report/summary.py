@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ccp_ext.report.tables import table
+from ccp_ext.tables import table
 
 PARTS = ("selection", "report", "all")
 COSTS = ("statistics", "choice", "repair")
