@@ -479,7 +479,12 @@ def _add_input(
         "--model", required=True, help="a name such as resnet56, or module:function of your own"
     )
     command.add_argument("--weights", required=True, help=".safetensors, or a PyTorch state dict")
-    command.add_argument("--data", required=True, help="folder with CIFAR-10, an .npz, or digits")
+    command.add_argument(
+        "--data",
+        required=True,
+        help="folder with CIFAR-10, or with photos by class (train/CLASS/*.jpg beside val, or "
+        "CLASS/*.jpg), an .npz, or digits",
+    )
     command.add_argument("--batch-size", type=int, default=128)
     command.add_argument("--device", default="auto", help=device)
     command.add_argument("--quiet", action="store_true", help="no progress bars")

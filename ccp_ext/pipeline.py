@@ -473,11 +473,11 @@ class Inputs:
 
     def contents(self) -> dict[str, str]:
         """Digests by which inputs that changed under their names are known."""
-        images = (t for s in (self.train, self.test) for t in (s.images, s.labels))
+        data = self.train.identity() + self.test.identity()
         return {
             "content of model": self.graph.fingerprint,
             "content of weights": _digest(*self.model.state_dict().values()),
-            "content of data": _digest(*images),
+            "content of data": _digest(*data),
         }
 
 

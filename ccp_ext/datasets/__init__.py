@@ -1,4 +1,4 @@
-"""Image sets held in memory: CIFAR-10, the digits of scikit-learn, and a user's own arrays."""
+"""Image sets: CIFAR-10, the digits of scikit-learn, and a user's own arrays and photos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ccp_ext.datasets import cifar10, digits, npz
+from ccp_ext.datasets import cifar10, digits, folder, npz
 from ccp_ext.datasets.image_set import ImageSet, crop_flip
 from ccp_ext.errors import InputError
 
@@ -31,11 +31,12 @@ def load(
     """Load a data set into memory.
 
     source: "digits" (scikit-learn); "cifar10", the folder ``cifar10`` in ``root``, by default in
-    the folder that the environment variable CCP_DATA names; a folder with CIFAR-10 in it; or an
-    .npz file with ``images`` and ``labels`` (see ccp_ext.datasets.npz).
+    the folder that the environment variable CCP_DATA names; a folder with CIFAR-10 in it; a folder
+    with photos by class (see ccp_ext.datasets.folder), which stay on disk until they are needed; or
+    an .npz file with ``images`` and ``labels`` (see ccp_ext.datasets.npz).
     split: "train", "test", or "all" (train, then test).
     mean, std, num_classes: in place of the set's own. CIFAR-10's are the customary .485 .456 .406
-    and .229 .224 .225; the others' are measured on their training part.
+    and .229 .224 .225, and so are those of photos; the others' are measured on their training part.
 
     Raises InputError for anything missing, damaged or out of range.
     """
@@ -59,12 +60,12 @@ def _read(
         return cifar10.read(_data_folder(root) / "cifar10", split)
     path = Path(source)
     if path.is_dir():
-        return cifar10.read(path, split)
+        return (folder if folder.holds_photos(path) else cifar10).read(path, split)
     if path.suffix == ".npz" and path.is_file():
         return npz.read(path, split)
     raise InputError(
         f"data set {os.fspath(source)!r} is unknown: give digits, cifar10, an existing folder "
-        f"with CIFAR-10 or an existing .npz file"
+        f"with CIFAR-10 or with photos by class, or an existing .npz file"
     )
 
 
@@ -79,6 +80,9 @@ def _data_folder(root: str | os.PathLike[str] | None) -> Path:
 
 
 def _join(train: ImageSet, test: ImageSet) -> ImageSet:
-    images = torch.cat([train.images, test.images])
+    if isinstance(train.images, folder.Photos):
+        images = folder.Photos(train.images.files + test.images.files)
+    else:
+        images = torch.cat([train.images, test.images])
     labels = torch.cat([train.labels, test.labels])
     return dataclasses.replace(train, images=images, labels=labels, split="all")

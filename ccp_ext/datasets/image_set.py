@@ -1,4 +1,4 @@
-"""Labelled images held in memory, and batches of them without per-image Python."""
+"""Labelled images, and batches of them without per-image Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ AUGMENTATIONS = ("crop_flip",)
 class ImageSet:
     """Images of one size with one class each.
 
-    images: uint8 ``[N, C, H, W]``, values 0..255; labels: int64 ``[N]``, values 0..num_classes-1.
+    images: uint8 ``[N, C, H, W]``, values 0..255, in memory or as
+    :class:`ccp_ext.datasets.folder.Photos` on disk; labels: int64 ``[N]``, values
+    0..num_classes-1.
     mean, std: per channel, for pixels scaled to 0..1; a batch holds ``(pixel / 255 - mean) / std``.
     split: "train", "test" or "all"; the order of a test split is never changed.
 
@@ -50,7 +52,7 @@ class ImageSet:
         return dataclasses.replace(self, images=images, labels=labels)
 
     def subset(self, indices: Sequence[int] | range | Tensor) -> ImageSet:
-        """The images at ``indices`` (0..N-1, any order, repeats allowed), copied."""
+        """The images at ``indices`` (0..N-1, any order, repeats allowed), copied if in memory."""
         index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise InputError(
@@ -63,7 +65,13 @@ class ImageSet:
                 f"subset: index {outside[0].item()} is outside 0..{len(self) - 1} of {self.name}"
             )
         index = index.to(self.images.device, torch.int64)
-        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+        images = self.images.index_select(0, index)
+        return dataclasses.replace(self, images=images, labels=self.labels[index])
+
+    def identity(self) -> tuple[Tensor, Tensor]:
+        """By what the set is known: pixels, or a fingerprint of those on disk, and labels."""
+        in_memory = isinstance(self.images, Tensor)
+        return self.images if in_memory else self.images.fingerprint(), self.labels
 
     def num_batches(self, batch_size: int) -> int:
         """How many batches ``batches`` yields; the last may be smaller than the others."""
