@@ -9,33 +9,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ccp_ext import criteria, datasets, files, measure, repair, surgery
+from ccp_ext import criteria, files, measure, repair, surgery
 from ccp_ext.allocation.latency import LatencyTable
 from ccp_ext.allocation.rounds import Schedule
 from ccp_ext.auxiliary import AuxiliaryHeads, train_heads
-from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.compensation import MEMORY
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
-from ccp_ext.evaluation import evaluate, place
+from ccp_ext.evaluation import evaluate
 from ccp_ext.finetune import FinetuneConfig, finetune
 from ccp_ext.graph import ChannelGraph, trace
 from ccp_ext.joint import JointCost
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import ALLOCATIONS, make_plan
 from ccp_ext.report import snapshot
+from ccp_ext.run_folder import RunFolder
 from ccp_ext.statistics import Statistics, collect
+from ccp_ext.subject import Inputs, in_scope, load_inputs, sample
 
 BUDGETS = ("macs", "params", "activations", "latency", "ratio")
 LATENCY_FILE, LATENCY_STEP = "latency.json", 8
@@ -447,54 +446,6 @@ def _latency_table(settings: PruneSettings, inputs: Inputs, output: Path) -> Lat
     return measure.latency_table(inputs.model, inputs.graph, inputs.example, LATENCY_STEP)
 
 
-class Subject(Protocol):
-    """What settings name: see :class:`PruneSettings`."""
-
-    model: str
-    weights: str
-    data: str
-    scope: str
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a subject's names stand for, loaded; the model, on its device, in eval mode.
-
-    Attributes:
-        graph: with the groups that may be pruned.
-        example: one normalised training image [1, C, H, W] on the device.
-    """
-
-    model: nn.Module
-    graph: ChannelGraph
-    train: ImageSet
-    test: ImageSet
-    example: torch.Tensor
-
-    def contents(self) -> dict[str, str]:
-        """Digests by which inputs that changed under their names are known."""
-        data = self.train.identity() + self.test.identity()
-        return {
-            "content of model": self.graph.fingerprint,
-            "content of weights": _digest(*self.model.state_dict().values()),
-            "content of data": _digest(*data),
-        }
-
-
-def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
-    """Load what the names stand for.
-
-    Raises:
-        InputError: something is missing, unreadable or does not fit, the device cannot be used, or
-            no group is in the scope.
-    """
-    train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
-    factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
-    model = load_model(factory, subject.weights)
-    example = train.normalise(train.images[:1]).to(place(model, device))
-    return Inputs(model, in_scope(trace(model, example), subject.scope), train, test, example)
-
-
 def check_statistics(
     model: nn.Module, graph: ChannelGraph, criterion: criteria.Criterion, allocation: str
 ) -> None:
@@ -516,79 +467,6 @@ def joint_cost(allocation: str, criterion: criteria.Criterion, data: Any) -> Joi
     if allocation != "joint":
         return None
     return JointCost.of(data, first_order=criterion.statistics()["first_order"])
-
-
-def in_scope(graph: ChannelGraph, scope: str) -> ChannelGraph:
-    """The graph with the groups that may be pruned.
-
-    Raises:
-        InputError: an unknown scope, or no group is left.
-    """
-    chosen = graph.select_groups(scope)
-    if not chosen.groups:
-        reasons = "; ".join(f"{what}: {why}" for what, why in graph.fixed[:3])
-        raise InputError(f"the model has no {scope} channels that can be removed ({reasons})")
-    return chosen
-
-
-class RunFolder:
-    """The files of one run; made for one set of settings and inputs, refused for another.
-
-    Raises:
-        InputError: the folder holds a run with other settings or inputs (the first that differs
-            is named), or a damaged file, or cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        mine = json.loads(json.dumps(settings))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            theirs = self.read("settings.json", dict)
-            if theirs is None:
-                self.write("settings.json", mine)
-        except OSError as error:
-            raise InputError(f"output {os.fspath(path)!r} cannot be written: {error}") from error
-        if theirs is not None and theirs != mine:
-            raise InputError(
-                f"output {os.fspath(path)!r} holds a run {_difference(theirs, mine)}; choose "
-                "another folder or remove this one"
-            )
-
-    def read(self, name: str, kind: type) -> Any:
-        """The content of a JSON file, or None if there is none."""
-        file = self.path / name
-        if not file.exists():
-            return None
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is not readable JSON: {error}") from error
-        if not isinstance(content, kind):
-            raise InputError(f"{file} is damaged; remove it or choose another folder")
-        return content
-
-    def write(self, name: str, content: Any) -> None:
-        files.write_text(self.path / name, json.dumps(content, indent=1) + "\n")
-
-    def plan(self, name: str = "plan.json") -> PruningPlan | None:
-        file = self.path / name
-        return PruningPlan.load(file) if file.exists() else None
-
-    def remove(self, *names: str) -> None:
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-
-
-def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """The first in which settings that are there differ from these."""
-    for name in {**mine, **theirs}:
-        if name not in theirs or name not in mine:
-            knows = "lacks" if name not in theirs else "has"
-            return f"of another version of ccp_ext, which {knows} the setting {name}"
-        if mine[name] != theirs[name]:
-            return f"with {name}={theirs[name]!r}, not {mine[name]!r}"
-    raise ValueError("the settings are equal")
 
 
 @dataclass
@@ -624,25 +502,6 @@ class _Recorder:
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.folder.write("stages.json", self.rows)
         self.say(f"{stage}: test accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
-
-
-def sample(images: ImageSet, count: int, seed: int, purpose: str) -> ImageSet:
-    """``count`` images drawn without replacement (all of them, shuffled, if there are fewer).
-
-    Draws of different seeds or purposes are independent.
-    """
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    order = torch.randperm(len(images), generator=generator)
-    return images.subset(order[:count])
-
-
-def _digest(*tensors: torch.Tensor) -> str:
-    """SHA-256 of the values, by which a file that changed under its name is known."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _settings_of(data: Any) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ import ccp_ext
 from ccp_ext import cli, criteria, models, pipeline
 from ccp_ext.criteria import gathering
 from ccp_ext.files import locked
+from ccp_ext.subject import sample
 
 
 def prune_command(inputs, output, **changes):
@@ -219,7 +220,7 @@ def test_a_refit_may_follow_every_round(inputs, tmp_path, capsys):
     state = torch.load(inputs / "weights.th", weights_only=True)["state_dict"]
     plain.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     train = ccp_ext.datasets.load(inputs / "data.npz", "train")
-    images = pipeline.sample(train, 64, 0, "repair")
+    images = sample(train, 64, 0, "repair")
     plan = ccp_ext.PruningPlan.load(output / "plan.json")
     once = ccp_ext.prune(copy.deepcopy(plain), plan)
     cut = ccp_ext.prune(copy.deepcopy(plain), plan)

@@ -21,9 +21,9 @@ from ccp_ext.evaluation import evaluate
 from ccp_ext.files import locked
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.finetune.run import Run
-from ccp_ext.pipeline import RunFolder
 from ccp_ext.report.page import write as write_page
 from ccp_ext.report.summary import explanation, rank, summarise, tables
+from ccp_ext.run_folder import RunFolder
 
 
 def settings(inputs, **changes) -> CompareSettings:

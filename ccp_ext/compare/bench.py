@@ -18,10 +18,12 @@ from ccp_ext.datasets import ImageSet
 from ccp_ext.evaluation import Evaluation, evaluate
 from ccp_ext.finetune import finetune
 from ccp_ext.graph import ChannelGraph
-from ccp_ext.pipeline import Inputs, RunFolder, auxiliary_heads, joint_cost, sample
+from ccp_ext.pipeline import auxiliary_heads, joint_cost
 from ccp_ext.plan import PruningPlan
 from ccp_ext.planning import make_plan
 from ccp_ext.report.summary import COSTS, PARTS, UNPRUNED
+from ccp_ext.run_folder import RunFolder
+from ccp_ext.subject import Inputs, sample
 
 
 @dataclass

@@ -17,8 +17,10 @@ from ccp_ext.compare.bench import Bench
 from ccp_ext.compare.jobs import Job, all_jobs
 from ccp_ext.compare.settings import CompareSettings
 from ccp_ext.errors import InputError
-from ccp_ext.pipeline import Inputs, RunFolder, check_statistics, load_inputs
+from ccp_ext.pipeline import check_statistics
 from ccp_ext.report.summary import as_csv, as_markdown, control, rank, summarise
+from ccp_ext.run_folder import RunFolder
+from ccp_ext.subject import Inputs, load_inputs
 
 
 def compare(
