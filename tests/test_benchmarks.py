@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from benchmarks import (
     suite,
     sweep,
     targets,
+    train_cifar10,
 )
 from benchmarks.limits import Limits
 from benchmarks.operation import Work
@@ -479,3 +481,20 @@ def test_triton_rivals_compute_the_same() -> None:
     )
     assert finished.returncode == 0, finished.stderr
     assert not finished.stdout.startswith("0 results")
+
+
+def test_a_plain_network_is_trained_once(tmp_path, monkeypatch, capsys):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    images = torch.randint(0, 100, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images += 100 * labels.view(-1, 1, 1, 1)  # the bright ones and the dark ones
+    np.savez(tmp_path / "data.npz", images=images.to(torch.uint8).numpy(), labels=labels.numpy())
+    weights = tmp_path / "plain" / "resnet8.pt"
+    command = ["train_cifar10", "--model", "resnet8", "--data", str(tmp_path / "data.npz")]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(weights), "--epochs", "4"])
+    train_cifar10.main()
+    assert [file.name for file in weights.parent.iterdir()] == ["resnet8.pt"]
+    made = weights.read_bytes()
+    train_cifar10.main()
+    assert weights.read_bytes() == made
+    assert capsys.readouterr().out.splitlines() == ["resnet8: 100.00 % of test"] * 2
