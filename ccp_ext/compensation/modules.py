@@ -49,7 +49,7 @@ def refit_modules(
     modules: Sequence[str] | None = None,
     *,
     steps: int = 2,
-    iterations: int = 4,
+    iterations: int = 8,
     memory: float = MEMORY,
     batch_size: int = 128,
     seed: int = 0,
