@@ -9,6 +9,7 @@ from torch import nn
 
 from ccp_ext.compensation import gauss_newton
 from ccp_ext.compensation.gauss_newton import (
+    Network,
     TwoConvolutions,
     conjugate_gradients,
     improve,
@@ -49,6 +50,31 @@ def test_enough_iterations_give_the_gauss_newton_step(stride):
     moved = improve(layers, start, data, 400)
     taken, expected = changes_of_outputs(layers, start, moved, data)
     torch.testing.assert_close(taken, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"stride": 2, "padding": 1},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+)
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d])
+def test_the_normal_equations_are_those_of_automatic_differentiation(convolution, geometry):
+    torch.manual_seed(0)
+    layers = TwoConvolutions(convolution(2, 3, 3, **geometry), convolution(3, 2, 3, **geometry))
+    start = parameters(layers)
+    x = torch.randn(4, 2, *[9] * (start[0].dim() - 2), dtype=torch.float64)
+    target = torch.randn_like(layers(start, x))
+    direction = tuple(map(torch.randn_like, start))
+    (right, product), (expected, automatic) = (
+        kind.normal_equations(layers, start, x, target) for kind in (TwoConvolutions, Network)
+    )
+    torch.testing.assert_close(right, expected)
+    torch.testing.assert_close(product(direction), automatic(direction))
+    torch.testing.assert_close(product(direction), automatic(direction))  # not used up
 
 
 def test_few_iterations_lower_the_loss_and_more_lower_it_further():
