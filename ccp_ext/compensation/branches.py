@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ccp_ext.compensation.gauss_newton import (
     Parameters,
     TwoConvolutions,
+    channels_last,
     improve,
     solve_second,
 )
@@ -67,7 +68,10 @@ class Branch:
             ridge: of the least squares.
             iterations: of the conjugate gradients.
         """
-        wanted = [(x, y * self.factor.view(-1, *[1] * (y.dim() - 2))) for x, y in samples]
+        wanted = [
+            (channels_last(x), channels_last(y * self.factor.view(-1, *[1] * (y.dim() - 2))))
+            for x, y in samples
+        ]
         start = solve_second(self.layers, self._get(), wanted, ridge)
         self._put(improve(self.layers, start, wanted, iterations))
 

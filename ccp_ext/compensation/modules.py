@@ -19,6 +19,7 @@ from ccp_ext.compensation.gauss_newton import (
     Parameters,
     Precondition,
     Samples,
+    channels_last,
     gram_with_ones,
     improve,
     kronecker_inverse,
@@ -321,14 +322,9 @@ def _samples(
     part = max(1, _SAMPLE_POSITIONS // positions)
     samples: list[tuple[Tensor, Tensor]] = []
     for batch, _ in images.subset(range(wanted)).batches(min(batch_size, wanted)):
-        parts = (_channels_last(maps).split(part) for maps in pair(batch))
+        parts = (channels_last(maps).split(part) for maps in pair(batch))
         samples += zip(*parts, strict=True)
     return samples
-
-
-def _channels_last(maps: Tensor) -> Tensor:
-    """Convolutions on a CPU take a fifth less time."""
-    return maps.contiguous(memory_format=torch.channels_last) if maps.dim() == 4 else maps
 
 
 def _seen(model: nn.Module, tap: Tap, x: Tensor) -> Tensor:
