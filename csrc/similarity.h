@@ -29,9 +29,17 @@ template <class Acc>
 struct alignas(4 * sizeof(Acc)) MapTerms {
   Acc shift;   // subtracted from the map before products are summed
   Acc offset;  // mean of the map after that
-  Acc mean;
-  Acc spread;  // what the kind needs of the variance
+  Acc mean;    // what the kind needs of the mean: map_mean
+  Acc spread;  // what the kind needs of the variance: map_spread
 };
+
+// A difference of means must not suffer from their rounding: where one is needed, the offsets are
+// left out here, and mse_of adds their difference to that of the shifts.
+template <class Acc>
+CCP_HD Acc map_mean(SimilarityKind kind, Acc scaled_shift, Acc offset) {
+  const bool subtracted = kind == SimilarityKind::kMse || kind == SimilarityKind::kPsnr;
+  return subtracted ? scaled_shift : scaled_shift + offset;
+}
 
 template <class Acc>
 CCP_HD Acc map_spread(SimilarityKind kind, Acc mean, Acc variance) {
@@ -85,7 +93,7 @@ CCP_HD Acc ssim_of(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc covarianc
 
 template <class Acc>
 CCP_HD Acc mse_of(const MapTerms<Acc>& a, const MapTerms<Acc>& b, Acc covariance) {
-  const Acc distance = a.mean - b.mean;
+  const Acc distance = (a.mean - b.mean) + (a.offset - b.offset);
   return at_least(Acc{0}, (a.spread + b.spread - 2 * covariance) + distance * distance);
 }
 

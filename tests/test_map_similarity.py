@@ -124,12 +124,12 @@ def test_ssim_and_psnr_depend_on_the_maps_divided_by_the_range(device: str) -> N
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 def test_a_large_mean_does_not_cancel(layout: Maker, kind: str, device: str) -> None:
     """Mean 1000 and deviation 1: the raw products are a million times the covariance."""
-    x = converted(layout((3, 20, 12, 12)) + 1000, torch.float32, device)
+    x = converted(layout((2, 40, 5, 5)) + 1000, torch.float32, device)
     d = ops.map_similarity(x, kind)
     expected = reference.map_similarity(x, kind)
-    # Variance and covariance as exact as those of the centred maps; means to one rounding of them.
+    # As exact as of the centred maps: what a difference of rounded means loses is beyond the bound.
     assert (
-        (d - expected).abs() <= 256 * torch.finfo(torch.float32).eps * (1 + expected.abs())
+        (d - expected).abs() <= 32 * torch.finfo(torch.float32).eps * (1 + expected.abs())
     ).all()
 
 

@@ -90,10 +90,10 @@ CCP_INLINE void centre(SimilarityKind kind, Acc scale, Acc* panel, int64_t posit
     const int h = map / kSquare<Acc>, lane = map % kSquare<Acc>;
     const Acc offset = centred.first[h][lane] / count;
     const Acc variance = at_least(Acc{0}, centred.second[h][lane] / count - offset * offset);
-    const Acc scaled_mean = mean[h][lane] * scale + offset;
+    const Acc needed_mean = map_mean(kind, mean[h][lane] * scale, offset);
     terms[map] = offset;
-    terms[kPanel<Acc> + map] = scaled_mean;
-    terms[2 * kPanel<Acc> + map] = map_spread(kind, scaled_mean, variance);
+    terms[kPanel<Acc> + map] = needed_mean;
+    terms[2 * kPanel<Acc> + map] = map_spread(kind, needed_mean, variance);
   }
 }
 

@@ -48,9 +48,10 @@ __device__ __forceinline__ MapTerms<float> make_map_terms(const MapSimilarityPar
   residual *= per_position;
   const float variance = at_least(0.0f, square * per_position - residual * residual);
   const float shift = map_shift<T>(mean, variance);
-  const float scaled_mean = (mean + residual) * scale;
-  return {shift, (mean - shift + residual) * scale, scaled_mean,
-          map_spread(params.kind, scaled_mean, variance * scale * scale)};
+  const float offset = (mean - shift + residual) * scale;
+  const float needed_mean = map_mean(params.kind, shift * scale, offset);
+  return {shift, offset, needed_mean,
+          map_spread(params.kind, needed_mean, variance * scale * scale)};
 }
 
 // Calls visit(value) with each value of a map that belongs to this lane of kThreads. The map is
