@@ -217,6 +217,19 @@ def test_multipliers_of_products_raise_the_bound(monkeypatch):
     assert found > convex.semidefinite_bound(cost, 30, mask, free, math.inf, 0)
 
 
+@pytest.mark.parametrize("exponent", [-500, -130, -120, 60, 130, 1000])
+def test_costs_beyond_single_precision_never_make_a_semidefinite_bound_nan(monkeypatch, exponent):
+    monkeypatch.setattr(convex, "_SMALLEST_MIXED", 2)
+    S, u = coupled(3, 30)
+    least = select(S, u=u, r=12, time_limit=math.inf).objective
+    scaled = QuadraticCost(np.ldexp(S, exponent), np.ldexp(u, exponent))
+    cost = convex.convexified(scaled)
+    mask = np.arange(30) < 12
+    bound = convex.semidefinite_bound(cost, 12, mask, np.ones(30, bool), math.inf, 0)
+    assert bound <= np.ldexp(least, exponent)
+    assert math.isfinite(bound) == (exponent <= 60)
+
+
 def test_a_search_with_a_semidefinite_bound_proves_the_true_optimum(monkeypatch):
     S, u = coupled(5, 30)
     plain = select(S, u=u, r=12, time_limit=math.inf)

@@ -104,7 +104,10 @@ def semidefinite_bound(
 
     Args:
         cost: convex.
-        seconds: what this may take, about; -infinity is returned if it is too little.
+        seconds: what this may take, about.
+
+    Returns:
+        The bound, or -infinity if the seconds are too few or numbers overflow.
     """
     core = np.flatnonzero(free)
     size = len(core)
@@ -118,16 +121,19 @@ def semidefinite_bound(
     total = count - int(np.count_nonzero(mask & ~free))
     constant = _solver.objective(cost.quadratic, cost.linear, mask & ~free)
     below, constant_below = _below(inner, total, mask[core], rank, seconds, seed)
-    convex = convexified(below)
-    bound = _solver.relaxation_bound(
-        convex.quadratic, convex.linear, total, convex.defect, mask[core]
-    )
     entries = sum(
         float(np.abs(values).sum())
         for values in (below.quadratic, below.linear, cost.quadratic, cost.linear)
     )
+    if not math.isfinite(entries):
+        return -math.inf
+    convex = convexified(below)
+    bound = _solver.relaxation_bound(
+        convex.quadratic, convex.linear, total, convex.defect, mask[core]
+    )
     rounding = 8 * (size + 2) * float(np.finfo(np.float64).eps) * entries
-    return bound + constant + constant_below - rounding
+    bound += constant + constant_below - rounding
+    return bound if math.isfinite(bound) else -math.inf
 
 
 def _below(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <utility>
 
 #include "kernels.h"
@@ -116,7 +117,8 @@ class Mixing {
     const double length = std::sqrt(square);
     diagonal_[i] = 2 * length;
     std::fill(change_.begin(), change_.end(), 0.0f);
-    if (length == 0) return;
+    // What is nearly zero gives no direction, and its inverse would overflow.
+    if (!(length >= std::numeric_limits<float>::min())) return;
     const float factor = static_cast<float>(-0.5 / length);
     float* w = vector(i);
     for (Index k = 0; k < width_; ++k) {

@@ -29,6 +29,7 @@ struct MixingSchedule {
 //
 // by coordinate descent on X_ij = w_i'w_j, where w_i'w_i = w_i'e (P.-W. Wang, W.-C. Chang and J. Z.
 // Kolter, "The mixing method", 2017). The vectors start around x, in directions that are drawn.
+// Entries too large for single precision make multipliers that are not finite.
 Multipliers semidefinite_multipliers(const Problem& problem, const std::vector<double>& x,
                                      const MixingSchedule& schedule, std::uint64_t seed,
                                      const Checkpoint& checkpoint);
