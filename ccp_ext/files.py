@@ -47,7 +47,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     when the process ends, however it does.
 
     Raises:
-        InputError: another process has the folder.
+        InputError: another process has the folder, or no file can be written there.
     """
     path = Path(folder, LOCK)
     handle = _open_locked(path)
@@ -62,7 +62,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"{os.fspath(path.parent)} must be a folder in which files can be written; its "
+                f"{path.name} cannot be: {error.strerror}"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

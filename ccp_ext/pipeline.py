@@ -171,8 +171,7 @@ def run(
     contents = inputs.contents()
     if settings.latency_table is not None:
         contents["content of latency_table"] = table.digest()
-    folder = RunFolder(output, {**_plain(settings), **contents})
-    with files.locked(folder.path):
+    with RunFolder.opened(output, {**_plain(settings), **contents}) as folder:
         return _run(settings, criterion, inputs, schedule, table, folder, progress, say)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,49 @@ from ccp_ext.plan import PruningPlan
 
 
 class RunFolder:
-    """The files of one run; made for one set of settings and inputs, refused for another.
+    """The files of one run."""
 
-    Raises:
-        InputError: the folder holds a run with other settings or inputs (the first that differs
-            is named), or a damaged file, or cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        mine = json.loads(json.dumps(settings))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            theirs = self.read("settings.json", dict)
-            if theirs is None:
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls, path: str | os.PathLike[str], settings: Mapping[str, Any]
+    ) -> Iterator[RunFolder]:
+        """Made for one set of settings and inputs, refused for another; other processes are kept
+        out before anything in it is read.
+
+        Raises:
+            InputError: the folder holds a run with other settings or inputs (the first that differs
+                is named), or a damaged file, or cannot be written, or another process has it.
+        """
+        folder = cls(path)
+        with folder._writing():
+            folder.path.mkdir(parents=True, exist_ok=True)
+        with files.locked(path):
+            folder._match(json.loads(json.dumps(settings)))
+            yield folder
+
+    def _match(self, mine: dict[str, Any]) -> None:
+        theirs = self.read("settings.json", dict)
+        if theirs is None:
+            with self._writing():
                 self.write("settings.json", mine)
-        except OSError as error:
-            raise InputError(f"output {os.fspath(path)!r} cannot be written: {error}") from error
-        if theirs is not None and theirs != mine:
+        elif theirs != mine:
             raise InputError(
-                f"output {os.fspath(path)!r} holds a run {_difference(theirs, mine)}; choose "
+                f"output {os.fspath(self.path)!r} holds a run {_difference(theirs, mine)}; choose "
                 "another folder or remove this one"
             )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"output {os.fspath(self.path)!r} cannot be written: {error}"
+            ) from error
 
     def read(self, name: str, kind: type) -> Any:
         """The content of a JSON file, or None if there is none."""

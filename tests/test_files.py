@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from ccp_ext.errors import InputError
-from ccp_ext.files import atomic_path, locked, write_text
+from ccp_ext.files import LOCK, atomic_path, locked, write_text
 
 
 def test_a_finished_write_replaces_the_file_with_ordinary_permissions(tmp_path):
@@ -45,6 +45,22 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     with pytest.raises(KeyboardInterrupt), locked(tmp_path):
         raise KeyboardInterrupt
     with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("place", ["missing", "file", "folder"])
+def test_a_folder_without_room_for_a_lock_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / LOCK).mkdir(parents=True)
+    message = f"{tmp_path / place} must be a folder in which files can be written; its .lock"
+    with pytest.raises(InputError, match=message), locked(tmp_path / place):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(InputError, match="Permission denied"), locked(tmp_path):
         pass
 
 

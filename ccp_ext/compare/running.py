@@ -56,8 +56,7 @@ def compare(
     """
     inputs = load_inputs(settings, devices[0])
     _check(settings, inputs)
-    folder = RunFolder(output, {**dataclasses.asdict(settings), **inputs.contents()})
-    with files.locked(folder.path):
+    with RunFolder.opened(output, {**dataclasses.asdict(settings), **inputs.contents()}) as folder:
         return _compare(settings, inputs, folder, devices, progress, say)
 
 
