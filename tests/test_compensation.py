@@ -13,7 +13,14 @@ from torch import nn
 
 import ccp_ext
 from ccp_ext import repair
-from ccp_ext.compensation import fold_means, reestimate_batchnorm, refit
+from ccp_ext.compensation import (
+    Refitted,
+    fold_means,
+    holding,
+    reestimate_batchnorm,
+    refit,
+    refitting,
+)
 from ccp_ext.compensation.batches import Batch, two_models
 from ccp_ext.compensation.holding import Ledger, bytes_of_one
 from ccp_ext.compensation.layers import find_layers
@@ -607,6 +614,7 @@ def test_with_less_memory_a_layer_has_fewer_images_and_the_narrow_ones_more():
     assert used[0] <= used[1] < used[2] == 200 and used[0] % 8 == used[1] % 8 == 0
     expected = f"{used[0]} to 200 of 200 images for a layer, as fit into 0.0018 GiB"
     assert str(found) == expected
+    assert found.batch_size == 8
     # Those that join later are at the depth of the others: the last layer is fitted to them all.
     x = data.normalise(data.images).double()
     with torch.no_grad():
@@ -615,6 +623,29 @@ def test_with_less_memory_a_layer_has_fewer_images_and_the_narrow_ones_more():
         target = model(x)
         best = (target - system @ torch.linalg.lstsq(system, target).solution).norm()
         assert (slim(x) - target).norm() < 1.01 * best
+
+
+def test_the_number_of_batches_is_told_where_it_kept_images_out(monkeypatch):
+    for module in (holding, refitting):
+        monkeypatch.setattr(module, "MOST_BATCHES", 3)
+    torch.manual_seed(0)
+    model, data = Narrowing().double().eval(), image_set(20)
+    found = refit(model, pruned(model, NARROWING), data, batch_size=4, joint=0, progress=False)
+    assert str(found) == "12 of 20 images for a layer, as fit into 3 batches of 4"
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ((512, 512), "512 of 600 images for a layer, as fit into 256 batches of 2"),
+        ((32, 512), "32 to 512 of 600 images for a layer, as fit into 4 GiB and 256 batches of 2"),
+        ((32, 510), "32 to 510 of 600 images for a layer, as fit into 4 GiB"),
+        ((32, 32), "32 of 600 images for a layer, as fit into 4 GiB"),
+    ],
+)
+def test_what_kept_images_out_is_told(images, told):
+    found = Refitted({}, dict(zip("ab", images, strict=True)), [], 600, 4.0, batch_size=2)
+    assert str(found) == told
 
 
 def test_waiting_images_take_the_memory_that_was_foreseen():
@@ -649,7 +680,7 @@ def test_a_layer_too_wide_to_be_solved_gets_a_constant():
     changed = {path for path, value in slim.state_dict().items() if (value != before[path]).any()}
     assert changed == {"second.bias", "third.bias", "last.weight", "last.bias"}
     assert found.too_wide == ["second", "third"]
-    assert str(found).endswith("; too wide for it, a constant only: second, third")
+    assert str(found).endswith("; too wide for 0.0002 GiB, a constant only: second, third")
     fitted = data.subset(range(found.images["third"]))
     x = data.normalise(fitted.images).double()
     with torch.no_grad():

@@ -29,7 +29,7 @@ _EQUATIONS = 0.5
 # Bytes for each element of a matrix of normal equations: it, its copies and factor, in float64.
 _EQUATION_BYTES = 40
 # Every batch has two threads.
-_MOST_BATCHES = 256
+MOST_BATCHES = 256
 
 
 class Ledger:
@@ -129,7 +129,7 @@ def hold(
     for layer in layers:
         room = memory - size * passing - _EQUATION_BYTES * layer.widest**2
         fitting = int(room / (size * waiting[layer.path]))
-        batches[layer.path] = max(1, min(fitting, images.num_batches(size), _MOST_BATCHES))
+        batches[layer.path] = max(1, min(fitting, images.num_batches(size), MOST_BATCHES))
     return Holding(size, batches)
 
 

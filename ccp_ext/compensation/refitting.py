@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ccp_ext.activations import input_tap
 from ccp_ext.compensation.batches import Batch, two_models
 from ccp_ext.compensation.branches import Branch, norm_factor
-from ccp_ext.compensation.holding import GIBIBYTE, hold, too_wide
+from ccp_ext.compensation.holding import GIBIBYTE, MOST_BATCHES, hold, too_wide
 from ccp_ext.compensation.layers import Layer, as_input, evaluating, find_layers
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
@@ -45,6 +45,7 @@ class Refitted:
         too_wide: paths of layers that got a new constant only.
         available: how many images were given.
         memory: GiB that were allowed.
+        batch_size: images that went from layer to layer together; 0 if no layer lost inputs.
     """
 
     unexplained: dict[str, float]
@@ -52,6 +53,7 @@ class Refitted:
     too_wide: list[str]
     available: int
     memory: float
+    batch_size: int
 
     def __str__(self) -> str:
         if not self.images:
@@ -59,13 +61,21 @@ class Refitted:
         fewest, most = min(self.images.values()), max(self.images.values())
         text = f"all {fewest:,} images for every layer"
         if fewest < self.available:
-            text = (
-                f"{fewest:,} to {most:,} of {self.available:,} images for a layer, as fit into "
-                f"{self.memory:g} GiB"
-            )
+            number = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+            limits = " and ".join(self._limits(fewest, most))
+            text = f"{number} of {self.available:,} images for a layer, as fit into {limits}"
         if self.too_wide:
-            text += f"; too wide for it, a constant only: {', '.join(self.too_wide)}"
+            layers = ", ".join(self.too_wide)
+            text += f"; too wide for {self.memory:g} GiB, a constant only: {layers}"
         return text
+
+    def _limits(self, fewest: int, most: int) -> Iterator[str]:
+        """What kept images out, where the layers had from the ``fewest`` to the ``most``."""
+        in_batches = MOST_BATCHES * self.batch_size
+        if fewest < in_batches:
+            yield f"{self.memory:g} GiB"
+        if most == in_batches < self.available:
+            yield f"{MOST_BATCHES} batches of {self.batch_size}"
 
 
 def refit(
@@ -145,9 +155,8 @@ def refit(
     if not 0 < memory < math.inf:
         raise InputError(f"refit: memory must be a positive number of GiB, got {memory!r}")
     chosen = _choose(find_layers(model, slim, images), layers)
-    result = Refitted({}, {}, [], len(images), memory)
     if not chosen:
-        return result
+        return Refitted({}, {}, [], len(images), memory, batch_size=0)
     for layer in chosen:
         layer.only_constant = too_wide(layer.features, memory * GIBIBYTE)
     _find_surroundings(model, slim, chosen, images, residual, joint, memory * GIBIBYTE)
@@ -158,6 +167,7 @@ def refit(
     with two_models(model, slim, chosen) as models, contextlib.ExitStack() as stack:
         holding = hold(models, chosen, images, positions, batch_size, memory * GIBIBYTE)
         stack.callback(_dismiss, waiting, 0)
+        result = Refitted({}, {}, [], len(images), memory, holding.batch_size)
         share = {p: math.ceil(_JOINT_POSITIONS / count) for p, count in holding.batches.items()}
         for k, layer in enumerate(tqdm(chosen, "refit", disable=not progress, leave=False)):
             count = holding.batches[layer.path]
