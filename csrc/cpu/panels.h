@@ -10,19 +10,37 @@ constexpr int64_t kTileDepth = 128;  // two stretches of panels as deep fit in t
 template <class Acc>
 using Tile = Acc[kPanel<Acc>][kPanel<Acc>];
 
-// The first `rows` rows of the product; more are written, without meaning.
+// Adds the product of kTileRows columns and kVectors vectors of columns to rows of a tile.
+template <int kVectors, class Acc>
+inline __attribute__((always_inline)) void add_rows(const Acc* left, const Acc* right,
+                                                    int64_t depth, Acc* tile) {
+  constexpr int kSide = kPanel<Acc>;
+  alignas(64) Acc block[kTileRows * kSide];
+  multiply_rows<kVectors>(left, right, depth, block);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int c = 0; c < kVectors * kSide / 2; ++c) tile[r * kSide + c] += block[r * kSide + c];
+}
+
+// The first `rows` rows and `columns` columns of the product, or of those what is on and above the
+// diagonal if `upper`; more is written, without meaning.
 template <class Acc>
 inline __attribute__((always_inline)) void multiply_panels(const Acc* left, const Acc* right,
                                                            int64_t depth, int64_t rows,
+                                                           int64_t columns, bool upper,
                                                            Tile<Acc>& tile) {
-  constexpr int kSide = kPanel<Acc>;
+  constexpr int kSide = kPanel<Acc>, kHalf = kSide / 2;  // a vector
   std::fill(&tile[0][0], &tile[0][0] + kSide * kSide, Acc{0});
   for (int64_t d = 0; d < depth; d += kTileDepth) {
+    const int64_t stretch = std::min(kTileDepth, depth - d);
     for (int r = 0; r < rows; r += kTileRows) {
-      alignas(64) Acc block[kTileRows * kSide];
-      multiply_rows(left + d * kSide + r, right + d * kSide, std::min(kTileDepth, depth - d),
-                    block);
-      for (int i = 0; i < kTileRows * kSide; ++i) tile[r + i / kSide][i % kSide] += block[i];
+      const Acc *row = left + d * kSide + r, *column = right + d * kSide;
+      if (upper && r >= kHalf) {
+        add_rows<1>(row, column + kHalf, stretch, &tile[r][kHalf]);
+      } else if (columns <= kHalf) {
+        add_rows<1>(row, column, stretch, tile[r]);
+      } else {
+        add_rows<2>(row, column, stretch, tile[r]);
+      }
     }
   }
 }
@@ -37,8 +55,8 @@ void add_tile(Acc* out, int64_t stride, int64_t rows, int64_t columns, bool symm
   const int64_t i0 = index.row * kSide, j0 = index.column * kSide;
   const int64_t height = std::min<int64_t>(kSide, rows - i0);
   const int64_t width = std::min<int64_t>(kSide, columns - j0);
-  multiply_panels(left, right, depth, height, tile);
   const bool diagonal = symmetric && index.row == index.column;
+  multiply_panels(left, right, depth, height, width, diagonal, tile);
   for (int64_t i = 0; i < height; ++i)
     for (int64_t j = diagonal ? i : 0; j < width; ++j)
       out[(i0 + i) * stride + j0 + j] += tile[i][j];

@@ -230,7 +230,7 @@ template <class Acc>
 double products_of_patches(const PatchProductParams& params) {
   const int64_t width = CCP_BEST_ISA(panel_width<Acc>)();
   const double area = static_cast<double>(round_up(params.left.columns(), width / 4)) *
-                      static_cast<double>(round_up(params.right.columns(), width));
+                      static_cast<double>(round_up(params.right.columns(), width / 2));
   return area * static_cast<double>(params.rows()) / (params.symmetric ? 2 : 1);
 }
 

@@ -81,7 +81,7 @@ CCP_INLINE void pack_whole(const PatchSource& source, int64_t group, int64_t pan
   using Acc = Accumulator<T>;
   const int64_t channel = panel * kPanel<Acc>;
   const int64_t channels = std::min<int64_t>(kPanel<Acc>, source.channels - channel);
-  if (channels < kPanel<Acc>) std::fill(packed, packed + depth * kPanel<Acc>, Acc{0});
+  if (channels % kSquare<Acc> != 0) std::fill(packed, packed + depth * kPanel<Acc>, Acc{0});
   const int64_t width = source.size[1], plane = source.size[0] * width;
   const bool one_run = source.position_stride[0] == width * source.position_stride[1];
   const int64_t length = one_run ? plane : width;
@@ -98,7 +98,8 @@ CCP_INLINE void pack_whole(const PatchSource& source, int64_t group, int64_t pan
   }
 }
 
-// One panel of rows [begin, begin + depth) of a group's P. Columns beyond the last are zero.
+// One panel of rows [begin, begin + depth) of a group's P. Columns beyond the last are zero up to a
+// whole vector, and without meaning from there on.
 template <class T, class Acc>
 void pack_patches(const PatchProductParams& params, const PatchSource& source, int64_t group,
                   int64_t panel, int64_t begin, int64_t depth, Acc* packed) {
