@@ -22,6 +22,11 @@ WINDOWS = [
     ((2, 4, 6, 11), {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2)}),
     ((1, 2, 13, 12), {"kernel_size": 3, "dilation": (2, 3), "padding": (1, 0)}),
     ((2, 40, 5, 5), {"kernel_size": 1}),
+    # Whole pairs of positions; channels that fill one vector, two, three, and none.
+    ((3, 16, 14, 13), {"kernel_size": 1}),
+    ((4, 32, 15, 20), {"kernel_size": 1}),
+    ((2, 96, 6, 6), {"kernel_size": 1, "groups": 2}),
+    ((2, 24, 1, 8), {"kernel_size": 1}),
     ((1, 3, 24, 25), {"kernel_size": 7, "stride": 2, "padding": 3}),
     ((2, 6, 7, 7), {"kernel_size": 3, "padding": 1, "groups": 3}),
     ((2, 8, 5, 6), {"kernel_size": 2, "padding": 2, "groups": 8}),
@@ -117,6 +122,27 @@ def test_any_strides_of_x(view: str, device: str) -> None:
     ops.patch_gram_(A, x, 3, padding=1)
     magnitude = reference.patch_gram(x.abs(), 3, padding=1)
     assert_added(A, torch.zeros_like(A), reference.patch_gram(x, 3, padding=1), magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("view", ["odd offset", "odd channels", "odd samples", "odd maps", "rows"])
+def test_positions_that_do_not_lie_in_whole_pairs(
+    view: str, dtype: torch.dtype, device: str
+) -> None:
+    x = random_input((3, 20, 9, 12), dtype, device)
+    flat = x.flatten()
+    x = {
+        "odd offset": flat[1:].as_strided((2, 20, 6, 8), (960, 48, 8, 1), 1),
+        "odd channels": flat.as_strided((2, 20, 6, 8), (980, 49, 8, 1)),
+        "odd samples": flat.as_strided((2, 20, 6, 8), (961, 48, 8, 1)),
+        "odd maps": flat.as_strided((2, 20, 3, 3), (180, 9, 3, 1)),
+        "rows": x[:, :, :6, :8],
+    }[view]
+    A = torch.zeros(20, 20, device=device)
+    ops.patch_gram_(A, x, 1)
+    assert_added(
+        A, torch.zeros_like(A), reference.patch_gram(x, 1), reference.patch_gram(x.abs(), 1)
+    )
 
 
 def test_a_corner_of_a_larger_matrix_is_updated_alone(device: str) -> None:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "csrc/cpu/isa.h"
@@ -33,6 +34,23 @@ const PairKernels* pair_kernels_for() {
   return std::is_same_v<T, BFloat16> && std::is_same_v<Acc, float> ? pair_kernels() : nullptr;
 }
 
+// Maps of 16-bit values as those of their words, two neighbouring positions each, where every
+// position is a patch of its own and the maps hold whole words.
+std::optional<PatchSource> words_of(const PatchSource& source) {
+  const int64_t plane = source.size[0] * source.size[1];
+  const bool contiguous = source.position_stride[1] == 1 &&
+                          (source.size[0] == 1 || source.position_stride[0] == source.size[1]);
+  const bool even = (plane | source.channel_stride | source.sample_stride) % 2 == 0 &&
+                    reinterpret_cast<uintptr_t>(source.data) % sizeof(float) == 0;
+  if (!CCP_BEST_ISA(is_whole)(source) || !contiguous || !even) return std::nullopt;
+  PatchSource words = source;
+  words.size[0] = 1;
+  words.size[1] = words.position_stride[0] = plane / 2;
+  words.channel_stride /= 2;
+  words.sample_stride /= 2;
+  return words;
+}
+
 // The packed panels of all groups of one side of the product, [group, panel, depth, width].
 template <class T, class Acc>
 class PackedPatches {
@@ -42,6 +60,7 @@ class PackedPatches {
       : params_(params),
         source_(source),
         pairs_(pairs),
+        words_(pairs ? words_of(source) : std::nullopt),
         panels_(ceil_div(source.columns(), CCP_BEST_ISA(panel_width<Acc>)())),
         panel_size_(std::min(depth, params.rows()) * CCP_BEST_ISA(panel_width<Acc>)()),
         packed_(params.groups * panels_ * panel_size_) {}
@@ -52,23 +71,32 @@ class PackedPatches {
   }
 
   void pack(int64_t begin, int64_t depth) {
-    const auto pack_one = CCP_BEST_ISA(pack_patches<T, Acc>);
     const int64_t grain = std::max<int64_t>(1, kGrainProducts / 16 / panel_size_);
-    torch::stable::parallel_for(
-        0, params_.groups * panels_, grain, [&](int64_t first, int64_t last) {
-          for (int64_t item = first; item < last; ++item) {
-            Acc* panel = packed_.data() + item * panel_size_;
-            pack_one(params_, source_, item / panels_, item % panels_, begin, depth, panel);
-            if constexpr (std::is_same_v<Acc, float>)
-              if (pairs_) pairs_->join_pairs(panel, depth);
-          }
-        });
+    torch::stable::parallel_for(0, params_.groups * panels_, grain,
+                                [&](int64_t first, int64_t last) {
+                                  for (int64_t item = first; item < last; ++item) {
+                                    pack_panel(item / panels_, item % panels_, begin, depth,
+                                               packed_.data() + item * panel_size_);
+                                  }
+                                });
   }
 
  private:
+  void pack_panel(int64_t group, int64_t index, int64_t begin, int64_t depth, Acc* panel) const {
+    const auto pack_values = CCP_BEST_ISA(pack_patches<T, Acc>);
+    if constexpr (std::is_same_v<Acc, float>) {
+      const auto pack_words = CCP_BEST_ISA(pack_patches<float, float>);
+      if (words_) return pack_words(params_, *words_, group, index, begin / 2, depth / 2, panel);
+    }
+    pack_values(params_, source_, group, index, begin, depth, panel);
+    if constexpr (std::is_same_v<Acc, float>)
+      if (pairs_) pairs_->join_pairs(panel, depth);
+  }
+
   PatchProductParams params_;
   PatchSource source_;
   const PairKernels* pairs_;
+  std::optional<PatchSource> words_;  // whose panels are of pairs already
   int64_t panels_, panel_size_;
   std::vector<Acc> packed_;
 };
