@@ -279,13 +279,13 @@ def test_an_interrupted_run_goes_on_to_the_same_model(
     with monkeypatch.context() as patch:
         patch.setattr(gathering, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         if stage == "statistics":
-            original = gathering._save
+            original = gathering._Checkpoint.save
 
-            def interrupted(stats, checkpoint, batches):
-                original(stats, checkpoint, batches)
+            def interrupted(self, batches, images):
+                original(self, batches, images)
                 raise KeyboardInterrupt
 
-            patch.setattr(gathering, "_save", interrupted)
+            patch.setattr(gathering._Checkpoint, "save", interrupted)
         else:
             record = pipeline._Recorder.record
 
@@ -455,20 +455,20 @@ def test_interrupted_rounds_go_on_to_the_same_model(
 ):
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        record, save = pipeline._Recorder.record, gathering._save
+        record, save = pipeline._Recorder.record, gathering._Checkpoint.save
 
         def stopped_record(self, name, model):
             if name == stage:
                 raise KeyboardInterrupt
             record(self, name, model)
 
-        def stopped_save(stats, checkpoint, batches):
-            save(stats, checkpoint, batches)
-            if checkpoint.name == stage:
+        def stopped_save(self, batches, images):
+            save(self, batches, images)
+            if self.path.name == stage:
                 raise KeyboardInterrupt
 
         patch.setattr(pipeline._Recorder, "record", stopped_record)
-        patch.setattr(gathering, "_save", stopped_save)
+        patch.setattr(gathering._Checkpoint, "save", stopped_save)
         assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 130
     assert not (broken / "report.json").exists()
     assert cli.main(prune_command(inputs, broken, **ROUNDS)) == 0

@@ -12,8 +12,10 @@ from test_criteria import costs_by, noise
 from torch import nn
 
 from ccp_ext import criteria, models, trace
+from ccp_ext.criteria import gather, gathering
 from ccp_ext.criteria.reconstruction import lasso
 from ccp_ext.criteria.refitting import RefitProblem, greedy_path
+from ccp_ext.criteria.sensitivity import LossSensitivity
 from ccp_ext.errors import InputError
 
 
@@ -316,6 +318,43 @@ def test_refit_loss_frees_what_the_logits_do_not_see():
     cost = costs_by("refit-loss", model, graph, images)["0"]
     assert torch.equal(cost.choose(3).removed, mask(6, [0, 1, 2]))
     assert cost.choose(3).objective < 1e-9 * cost.choose(4).objective
+
+
+def test_refit_loss_goes_on_after_a_stop_to_the_same_bits(tmp_path, monkeypatch):
+    model = lively(models.create("resnet8"))
+    graph, images = trace(model, torch.randn(1, 3, 32, 32)).inner, noise(10, 32)
+    whole = costs_by("refit-loss", model, graph, images, batch_size=3)
+    criterion, file = criteria.get("refit-loss"), tmp_path / "sums.pt"
+    seen, update = [], LossSensitivity.update
+
+    def stopped(self, x, y):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(x))
+        update(self, x, y)
+
+    def gathered():
+        options = {"batch_size": 3, "checkpoint": file, "progress": False}
+        return gather(model, graph, criterion, images, **options)
+
+    monkeypatch.setattr(gathering, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(gathering, "_WRITING", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LossSensitivity, "update", stopped)
+        gathered()
+    assert torch.load(file)["batches"] == 2
+    left = []
+    monkeypatch.setattr(
+        LossSensitivity, "update", lambda self, x, y: (left.append(len(x)), update(self, x, y))
+    )
+    costs = criterion.costs(model, graph, gathered())
+    assert left == [3, 1]
+    for name, cost in whole.items():
+        assert torch.equal(cost.u, costs[name].u)
+        assert torch.equal(cost.choose(4).removed, costs[name].choose(4).removed)
+    torch.save({"sums": {}, "batches": 2}, file)
+    with pytest.raises(InputError, match="sums.pt is damaged or of another run"):
+        gathered()
 
 
 def test_refit_loss_is_repeatable_and_leaves_the_model_alone():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,20 @@ class Consumer:
         weight = self.layer.weight.detach()[:, self._channels].flatten(1).double()
         return RefitProblem(moments, self._metric() @ weight, channels, ridge)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "moments": dict(vars(self._moments)),
+            "gradients": self._gradients,
+            "outputs": self._outputs,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = self.layer.weight.device
+        self._gradients = state["gradients"].to(device)
+        self._outputs = state["outputs"]
+        for name, value in state["moments"].items():
+            setattr(self._moments, name, value if name == "count" else value.to(device))
+
     def _metric(self) -> Tensor:
         """A with A'A the mean of g g': the squared change of the logits is |A e|^2."""
         values, vectors = torch.linalg.eigh(self._gradients / self._outputs)
@@ -81,6 +97,22 @@ class LossSensitivity(GradientObservation):
         """Of the layers that read the group's channels, in the unit of squared logits."""
         parts = self._consumers[group.name]
         return [part.problem(group.channels, self._count, ridge) for part in parts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, for :meth:`load_state_dict` of the same model's."""
+        consumers = {k: [part.state_dict() for part in v] for k, v in self._consumers.items()}
+        return {
+            "count": self._count,
+            "generator": self._generator.get_state(),
+            "consumers": consumers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._count = state["count"]
+        self._generator.set_state(state["generator"])
+        for name, parts in self._consumers.items():
+            for part, mine in zip(parts, state["consumers"][name], strict=True):
+                part.load_state_dict(mine)
 
     def update(self, x: Tensor, y: Tensor) -> None:
         outputs = self.model(x.requires_grad_() * 1)
