@@ -83,7 +83,7 @@ class PruneSettings:
     multiple: int = 1
     minimum: int = 1
     rounds: int = 1
-    criterion: str = "ccp"
+    criterion: str = "refit-loss"
     options: criteria.Options = field(default_factory=criteria.Options)
     scope: str = "inner"
     images: int = 10_000

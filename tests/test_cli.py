@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ccp_ext
-from ccp_ext import cli, criteria, models, pipeline
+from ccp_ext import cli, compare, criteria, models, pipeline
 from ccp_ext.criteria import gathering
 from ccp_ext.files import locked
 from ccp_ext.subject import sample
@@ -29,6 +29,7 @@ def prune_command(inputs, output, **changes):
         "weights": inputs / "weights.th",
         "data": inputs / "data.npz",
         "macs": 0.5,
+        "criterion": "ccp",
         "images": 64,
         "repair-images": 64,
         "batch-size": 32,
@@ -236,6 +237,28 @@ def test_a_refit_may_follow_every_round(inputs, tmp_path, capsys):
     assert "fold" in complaint(
         capsys, prune_command(inputs, tmp_path / "fold", **{**options, "repair": "fold+refit"})
     )
+
+
+def test_without_options_the_command_does_what_the_functions_do(monkeypatch):
+    subject = {"model": "resnet8", "weights": "w.pt", "data": "digits"}
+    words = [word for name, value in subject.items() for word in (f"--{name}", value)]
+    words += ["--macs", "0.5", "--output", "run"]
+
+    class Stop(Exception):
+        pass
+
+    def given(settings, *_, **others):
+        raise Stop(settings)
+
+    monkeypatch.setattr(pipeline, "run", given)
+    monkeypatch.setattr(compare, "compare", given)
+    for command, expected in (
+        ("prune", pipeline.PruneSettings(**subject, macs=0.5)),
+        ("compare", compare.CompareSettings(**subject, macs=(0.5,))),
+    ):
+        with pytest.raises(Stop) as stop:
+            cli.main([command, *words])
+        assert stop.value.args == (expected,)
 
 
 @pytest.mark.parametrize("option", ["--distil", "--auxiliary-heads=2"])
