@@ -164,7 +164,7 @@ CCP_INLINE void add_columns(const Acc* left, const Acc* right, int64_t positions
     const MapTerms<Acc> terms = terms_of(left_terms, r);
     alignas(64) Acc row[kColumns];
     for (int c = 0; c < kColumns; ++c)
-      row[c] = similarity<kind>(terms, terms_of(right_terms, c), products[r][c] * per_position);
+      row[c] = similarity<kind>(terms, terms_of(right_terms, c), products[r][c], per_position);
     if (diagonal) row[r] = self_similarity<kind>(terms);
     for (int c = 0; c < kColumns; ++c) sums[r * kSide + c] += row[c];
   }

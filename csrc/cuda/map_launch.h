@@ -6,12 +6,14 @@
 
 namespace ccp {
 
-constexpr int kMapTile = 64;      // a block compares kMapTile with kMapTile maps
-constexpr int kMapThreads = 128;  // four warps, each a quarter of the tile
-constexpr int kMapStages = 4;     // of the pipeline between global memory and the matrix units
-constexpr int kMapRowBytes = 64;  // of each map in a stage
-// A block's pipeline fills and drains once; below this many stages that would show.
-constexpr int64_t kMapMinimumStages = 16;
+// A block compares a tile of maps with a tile of maps, by twice as many threads.
+constexpr int kLargeMapTile = 128, kSmallMapTile = 64;
+constexpr int kMapStages = 4;       // of the pipeline between global memory and the matrix units
+constexpr int kMapRowBytes = 64;    // of each map in a stage
+constexpr int kMapShortChunks = 2;  // stages of a sample that are summed without a rounded addition
+
+// Blocks on a multiprocessor: both tiles keep eight warps there.
+CCP_HD constexpr int map_blocks_at_once(int tile) { return tile == kLargeMapTile ? 1 : 2; }
 
 // How maps come into shared memory.
 enum class MapLoads {
@@ -22,7 +24,9 @@ enum class MapLoads {
 };
 
 struct MapSimilarityLaunch {
+  int tile;  // maps of a tile's side
   MapLoads loads;
+  bool packed;  // the maps are copied, centred, into rows of whole units (packed_maps)
   int64_t
       extent[2];  // of the rows' and of the columns' tensor: elements from its first to its last
   int64_t side;   // tiles along one side of the result
@@ -31,7 +35,7 @@ struct MapSimilarityLaunch {
   int64_t blocks;
   unsigned grid;
 
-  CCP_HD TileIndex tile(bool symmetric, int64_t index) const {
+  CCP_HD TileIndex tile_index(bool symmetric, int64_t index) const {
     return symmetric ? upper_tile(index) : TileIndex{index / side, index % side};
   }
 };
@@ -52,24 +56,83 @@ inline int64_t rows_extent(const ChannelDotLayout& layout, int64_t sample_stride
          layout.positions;
 }
 
+// How the samples are split among blocks with tiles of one size.
+struct MapSplit {
+  int tile;
+  int64_t side, tiles;
+  Split split;
+  int64_t time;  // of a multiprocessor, in stages of a block
+};
+
+constexpr int64_t kMultiprocessors = 132;  // fixed, so that every GPU sums in the same order
+// What a block takes beside its stages, in stages: its pipeline fills and drains once, and its sums
+// are written and read again.
+constexpr int64_t kMapBlockStages = 16;
+constexpr int kMapMostRounds = 8;
+
+// Of all rounds of blocks, those that take the least time, fewer first. A stage takes a block of
+// either size the same time: two blocks with small tiles share a multiprocessor, and what a stage
+// brings from the cache is in proportion to a tile's side.
+inline MapSplit split_map_samples(int tile, const MapSimilarityParams& params, int64_t stages) {
+  const int64_t samples = params.maps.layout.sample.size;
+  const int64_t side = ceil_div(params.maps.layout.channel.size, tile);
+  const int64_t tiles = params.symmetric ? side * (side + 1) / 2 : side * side;
+  const int64_t at_once = kMultiprocessors * map_blocks_at_once(tile);
+  const int64_t least = ceil_div(tiles, at_once);
+  MapSplit best{};
+  for (int64_t rounds = least; rounds < least + kMapMostRounds; ++rounds) {
+    const int64_t length = ceil_div(samples, rounds * at_once / tiles);
+    const int64_t count = ceil_div(samples, length);
+    const int64_t time =
+        ceil_div(tiles * count, at_once) * (length * stages + kMapBlockStages);
+    if (best.tile == 0 || time < best.time) best = {tile, side, tiles, {count, length}, time};
+  }
+  return best;
+}
+
 inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params,
                                                int element_size) {
   const ChannelDotLayout& layout = params.maps.layout;
-  const int64_t side = ceil_div(layout.channel.size, kMapTile);
-  const int64_t tiles = params.symmetric ? side * (side + 1) / 2 : side * side;
   const int64_t stages = ceil_div(layout.positions * element_size, kMapRowBytes);
-  // Half as many blocks as elsewhere: fewer of these fit on a multiprocessor.
-  const Split split =
-      split_work(layout.sample.size, ceil_div(kMapMinimumStages, stages), 1, 2 * tiles);
-  const int64_t blocks = tiles * split.count;
-  return {map_loads(params.maps, element_size),
+  const MapSplit small = split_map_samples(kSmallMapTile, params, stages);
+  const MapSplit large = split_map_samples(kLargeMapTile, params, stages);
+  const MapSplit& best = large.time < small.time ? large : small;
+  const MapLoads loads = map_loads(params.maps, element_size);
+  const bool packed = best.tile == kLargeMapTile && loads != MapLoads::kRows &&
+                      loads != MapLoads::kChannelsLast;
+  const int64_t blocks = best.tiles * best.split.count;
+  return {best.tile,
+          packed ? MapLoads::kRows : loads,
+          packed,
           {rows_extent(layout, layout.sample.x_stride, layout.channel.x_stride),
            rows_extent(layout, layout.sample.g_stride, layout.channel.g_stride)},
-          side,
-          tiles,
-          split,
+          best.side,
+          best.tiles,
+          best.split,
           blocks,
           grid_size(blocks)};
+}
+
+// The length of a packed map.
+inline int64_t padded_positions(const ChannelDotLayout& layout, int element_size) {
+  const int64_t unit = kVectorBytes / element_size;
+  return ceil_div(layout.positions, unit) * unit;
+}
+
+// The same maps, packed at x and g.
+inline MapSimilarityParams packed_maps(MapSimilarityParams params, const void* x, const void* g,
+                                       int element_size) {
+  ChannelDotLayout& layout = params.maps.layout;
+  const int64_t padded = padded_positions(layout, element_size);
+  const int64_t sample = layout.channel.size * padded;
+  params.maps.x = x;
+  params.maps.g = g;
+  layout.kind = LayoutKind::kRows;
+  layout.sample = {layout.sample.size, sample, sample};
+  layout.channel = {layout.channel.size, padded, padded};
+  layout.position_dims = 1;
+  layout.position[0] = {layout.positions, 1, 1};
+  return params;
 }
 
 // The moments of all maps of one tensor.

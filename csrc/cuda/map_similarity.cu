@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <optional>
 
 #include "csrc/cuda/map_similarity.cuh"
 #include "csrc/cuda/runtime.h"
@@ -26,23 +27,49 @@ Tensor map_terms(const MapSimilarityParams& params, MapSide side, const Tensor& 
   return terms;
 }
 
+// [samples, channels, padded positions] centred maps of one of the tensors.
 template <class T>
-void run(const MapSimilarityParams& params, const Tensor& out, cudaStream_t stream) {
+Tensor centred_maps(const Tensor& x, const MapSimilarityParams& params, MapSide side,
+                    const Tensor& terms, cudaStream_t stream) {
+  const ChannelDotLayout& layout = params.maps.layout;
+  const int64_t padded = padded_positions(layout, sizeof(T));
+  Tensor maps = torch::stable::new_empty(x, {layout.sample.size, layout.channel.size, padded});
+  const int64_t units = maps.numel() * sizeof(T) / kVectorBytes;
+  centre_maps<T><<<grid_size(ceil_div(units, kBlockThreads)), kBlockThreads, 0, stream>>>(
+      params, side, static_cast<const MapTerms<float>*>(terms.const_data_ptr()), padded,
+      static_cast<T*>(maps.mutable_data_ptr()));
+  check_launch("map_similarity");
+  return maps;
+}
+
+template <class T>
+void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStream_t stream) {
   const Tensor x_terms = map_terms<T>(params, left_side(params), out, stream);
   const Tensor y_terms =
       params.symmetric ? x_terms : map_terms<T>(params, right_side(params), out, stream);
   const MapSimilarityLaunch launch = plan_map_similarity(params, sizeof(T));
-  Tensor partial = torch::stable::new_empty(out, {launch.blocks, kMapTile, kMapTile});
-  with_map_similarity_kernel<T>(launch.loads, [&](auto kernel) {
-    kernel<<<launch.grid, kMapThreads, 0, stream>>>(
+  std::optional<Tensor> x_maps, y_maps;
+  if (launch.packed) {
+    x_maps = centred_maps<T>(x, params, left_side(params), x_terms, stream);
+    y_maps = params.symmetric ? x_maps
+                              : centred_maps<T>(x, params, right_side(params), y_terms, stream);
+    params = packed_maps(params, x_maps->const_data_ptr(), y_maps->const_data_ptr(), sizeof(T));
+  }
+  Tensor partial = torch::stable::new_empty(out, {launch.blocks, launch.tile, launch.tile});
+  with_map_similarity_kernel<T>(launch, [&](auto kernel, auto traits) {
+    using Traits = decltype(traits);
+    const int bytes = sizeof(MapShared<Traits>);
+    check_cuda("map_similarity",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<launch.grid, Traits::kThreads, bytes, stream>>>(
         params, launch, static_cast<const MapTerms<float>*>(x_terms.const_data_ptr()),
         static_cast<const MapTerms<float>*>(y_terms.const_data_ptr()),
         static_cast<float*>(partial.mutable_data_ptr()));
   });
   check_launch("map_similarity");
-  const int64_t elements = launch.tiles * kMapTile * kMapTile;
-  mean_of_map_parts<><<<grid_size(ceil_div(elements, kBlockThreads)), kBlockThreads, 0, stream>>>(
-      params, launch, static_cast<const float*>(partial.const_data_ptr()));
+  mean_of_map_parts<>
+      <<<grid_size(ceil_div(partial.numel() / launch.split.count, kBlockThreads)), kBlockThreads, 0,
+         stream>>>(params, launch, static_cast<const float*>(partial.const_data_ptr()));
   check_launch("map_similarity");
 }
 
@@ -60,7 +87,7 @@ Tensor map_similarity(const Tensor& x, std::string kind, const std::optional<Ten
   const cudaStream_t stream = current_stream(x.get_device_index());
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (!std::is_same_v<T, double>) run<T>(params, out, stream);
+    if constexpr (!std::is_same_v<T, double>) run<T>(x, params, out, stream);
   });
   return out;
 }

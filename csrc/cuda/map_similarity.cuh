@@ -1,50 +1,60 @@
 // The CUDA kernels of map_similarity.
 //
-// A block compares kMapTile maps with kMapTile maps, sample after sample. The maps flow through a
-// ring of stages in shared memory, kMapRowBytes of each map to a stage, without a break between
-// samples; the matrix units sum the products, and after a sample's last stage each thread turns its
-// sums into similarities, which it adds up over the samples in registers.
+// A block compares kTile maps with kTile maps, sample after sample. The maps flow through a ring of
+// stages in shared memory, kMapRowBytes of each map to a stage, without a break between samples;
+// the matrix units sum the products, and after a sample's last stage each thread turns its sums
+// into similarities, which it adds up over the samples in registers.
 //
-// What bounds it, for N samples of C maps of P positions and s bytes, T = ceil(C / kMapTile):
+// What bounds it, for N samples of C maps of P positions and s bytes, T = ceil(C / kTile):
 //   memory: N C P s bytes for the moments, and T times that for the tiles, most of it from the
 //     cache;
-//   matrix units: N T (T + 1) / 2 tiles of 2 kMapTile^2 P operations each (P in whole stages),
-//     three times that for float32;
-//   similarities: as many tiles of kMapTile^2 pairs, each pair some 12 instructions and, for SSIM,
-//     a reciprocal, which counts as 8.
-// A multiprocessor of Hopper issues 128 float32 instructions a cycle and its matrix units perform
-// 4096 operations of 16 bits: by this count, similarities outweigh products below about P = 300.
+//   matrix units: N T (T + 1) / 2 tiles of 2 kTile^2 P operations each (P in whole stages), three
+//     times that for float32;
+//   similarities: as many tiles of kTile^2 pairs, each pair 8 instructions and, for SSIM, a
+//     reciprocal, which its own unit takes as long for.
+// benchmarks/README.md counts them.
 #pragma once
 
 #include "csrc/cuda/map_moments.cuh"
 #include "csrc/cuda/mma.cuh"
+#include "csrc/cuda/shared.cuh"
 #include "csrc/cuda/units.cuh"
 
 namespace ccp {
 
-template <class T_, MapLoads kLoads_>
+template <class T_, MapLoads kLoads_, int kTile_>
 struct MapTraits {
   using T = T_;
   static constexpr MapLoads kLoads = kLoads_;
+  static constexpr int kTile = kTile_;
+  static constexpr int kThreads = 2 * kTile;
+  static constexpr int kBlocks = map_blocks_at_once(kTile);
   static constexpr int kUnit = 16 / sizeof(T);             // elements
   static constexpr int kDepth = kMapRowBytes / sizeof(T);  // positions in a stage
+  static constexpr int kSteps = kDepth / kMmaDepth<T>;
   // A panel holds rows of positions, one for each map; or rows of maps, one for each position.
   static constexpr bool kByPosition = kLoads == MapLoads::kChannelsLast;
   // Rows that begin within a unit reach into one more. All others are mixed (unit_address).
   static constexpr bool kUnaligned = kLoads == MapLoads::kUnalignedRows;
-  static constexpr int kRowUnits = kByPosition ? kMapTile / kUnit : kMapRowBytes / 16 + kUnaligned;
-  static constexpr int kUnitsPerThread = kMapTile * kMapRowBytes / 16 / kMapThreads;
+  static constexpr int kLoadedUnits = kByPosition ? kTile / kUnit : kMapRowBytes / 16;  // of a row
+  static constexpr int kRowUnits = kLoadedUnits + kUnaligned;
+  // A thread's units are the same of rows kRowStep apart.
+  static constexpr int kRowStep = kThreads / kLoadedUnits;
+  static constexpr int kUnitsPerThread = kTile * kMapRowBytes / 16 / kThreads;
+  static constexpr int kRows = kTile / 32;  // fragments of 16 rows: a warp has half the rows
+  static constexpr int kColumns = 4;        // fragments of 8 columns
 };
 
 template <class Traits>
 struct MapShared {
-  alignas(
-      16) unsigned char panel[kMapStages][2][kMapTile * (kMapRowBytes + 16 * Traits::kUnaligned)];
-  MapTerms<float> terms[kMapStages][2 * kMapTile];  // of a sample's rows, then of its columns
+  alignas(16) unsigned char panel[kMapStages][2]
+                                 [Traits::kTile * (kMapRowBytes + 16 * Traits::kUnaligned)];
+  MapTerms<float> terms[kMapStages][2 * Traits::kTile];  // of a sample's rows, then its columns
 };
 
 // Where unit `unit` of row `row` lies in a panel: mixed so that the eight rows that a warp reads at
-// once lie on different memory banks. Rows of five units do so by themselves.
+// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further
+// the mixture is the same.
 template <class Traits>
 __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int row, int unit) {
   int mixed;
@@ -64,16 +74,16 @@ __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int
 struct MapTask {
   int64_t first_map[2];  // of the rows, of the columns
   bool diagonal;         // rows and columns are the same maps
-  int64_t first_sample, samples;
+  int64_t first_sample;
+  int samples, chunks;  // stages of a sample
 };
 
 // A stage's place in the sequence of all stages of all samples of a task.
 struct MapCursor {
-  int64_t sample;  // counted from the task's first
-  int64_t chunk;
-  int stage;  // counted on and on; its place in the ring is stage % kMapStages
+  int sample = 0, chunk = 0;
+  unsigned stage = 0;  // counted on and on; its place in the ring is stage % kMapStages
 
-  __device__ __forceinline__ void advance(int64_t chunks) {
+  __device__ __forceinline__ void advance(int chunks) {
     ++stage;
     if (++chunk < chunks) return;
     chunk = 0;
@@ -81,98 +91,166 @@ struct MapCursor {
   }
 };
 
-// One thread's part of filling the stages.
+// One thread's part of filling the stages of a task, one after the other.
 template <class Traits>
-struct MapLoader {
+class MapLoader {
+ public:
   using T = typename Traits::T;
-  static constexpr int kUnit = Traits::kUnit;
-  using Values = Unit<T, kUnit>;
-  const MapSimilarityParams& params;
-  const MapSimilarityLaunch& launch;
-  const MapTask& task;
-  const MapTerms<float>* all_terms[2];
-  MapShared<Traits>& shared;
 
-  // The place of the thread's i-th unit: its first map, counted from the panel's first, and its
-  // first position, counted from the sample's.
-  struct Place {
-    int row, unit, map;
-    int64_t position;
-  };
-
-  __device__ __forceinline__ Place place_of(int i, const MapCursor& at) const {
-    constexpr int kUnits = Traits::kByPosition ? kMapTile / kUnit : kMapRowBytes / 16;
-    const int index = threadIdx.x + i * kMapThreads;
-    const int row = index / kUnits, unit = index % kUnits;
-    const int64_t first = at.chunk * Traits::kDepth;
-    if constexpr (Traits::kByPosition) return {row, unit, unit * kUnit, first + row};
-    return {row, unit, row, first + unit * kUnit};
-  }
-
-  __device__ __forceinline__ bool inside(int panel, int map, int64_t position) const {
+  __device__ __forceinline__ MapLoader(const MapSimilarityParams& params,
+                                       const MapSimilarityLaunch& launch, const MapTask& task,
+                                       const MapTerms<float>* x_terms,
+                                       const MapTerms<float>* y_terms, MapShared<Traits>& shared)
+      : params_(params),
+        launch_(launch),
+        task_(task),
+        all_terms_{x_terms, y_terms},
+        shared_(shared) {
     const ChannelDotLayout& layout = params.maps.layout;
-    return task.first_map[panel] + map < layout.channel.size && position < layout.positions;
-  }
-
-  __device__ __forceinline__ MapSide side(int panel) const {
-    return panel == 0 ? left_side(params) : right_side(params);
-  }
-
-  // Where a sample's maps begin, in elements.
-  __device__ __forceinline__ int64_t sample_offset(int panel, int64_t sample) const {
-    const ChannelDotLayout& layout = params.maps.layout;
-    const MapSide from = side(panel);
-    return (task.first_sample + sample) * from.stride(layout.sample) +
-           task.first_map[panel] * from.stride(layout.channel);
-  }
-
-  __device__ __forceinline__ const T* sample_maps(int panel, int64_t sample) const {
-    return static_cast<const T*>(side(panel).data) + sample_offset(panel, sample);
-  }
-
-  __device__ __forceinline__ void load_terms(const MapCursor& at) const {
-    const bool row = threadIdx.x < kMapTile;
-    const int64_t channels = params.maps.layout.channel.size;
-    const int64_t channel = (row ? task.first_map[0] : task.first_map[1]) + threadIdx.x % kMapTile;
-    const bool valid = channel < channels;
-    const int64_t index = (task.first_sample + at.sample) * channels + (valid ? channel : 0);
-    copy_async<16>(&shared.terms[at.sample % kMapStages][threadIdx.x],
-                   (row ? all_terms[0] : all_terms[1]) + index, valid);
-  }
-
-  __device__ __forceinline__ void load_units(int panel, const MapCursor& at) const {
-    const ChannelDotLayout& layout = params.maps.layout;
-    const MapSide from = side(panel);
-    const T* maps = sample_maps(panel, at.sample);
-    unsigned char* to = shared.panel[at.stage % kMapStages][panel];
 #pragma unroll
-    for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const Place place = place_of(i, at);
-      const bool valid = inside(panel, place.map, place.position);
-      const int64_t offset = place.map * from.stride(layout.channel) +
-                             place.position * from.stride(layout.position[0]);
-      copy_async<16>(unit_address<Traits>(to, place.row, place.unit), maps + (valid ? offset : 0),
-                     valid);
+    for (int panel = 0; panel < 2; ++panel) {
+      const MapSide from = side(panel);
+      const int64_t step = Traits::kByPosition ? from.stride(layout.position[0]) : 1;
+      next_[panel] = static_cast<const T*>(from.data) + sample_offset(panel, 0) +
+                     map_of(0) * from.stride(layout.channel) + position_of(0) * step;
+      chunk_step_[panel] = Traits::kDepth * step;
+      sample_step_[panel] =
+          from.stride(layout.sample) - (task.chunks - 1) * chunk_step_[panel];
     }
   }
 
+  // Begins to copy the next stage.
+  __device__ __forceinline__ void load() {
+    if (loaded_.sample < task_.samples) {
+      if (loaded_.chunk == 0) load_terms();
+#pragma unroll
+      for (int panel = 0; panel < 2; ++panel) {
+        if (panel == 1 && task_.diagonal) break;
+        if constexpr (Traits::kLoads == MapLoads::kStrided) {
+          load_elements(panel);
+        } else if constexpr (Traits::kUnaligned) {
+          load_unaligned(panel);
+        } else {
+          load_units(panel);
+        }
+      }
+    }
+    commit_copies();
+    loaded_.advance(task_.chunks);
+  }
+
+  // Centres what this thread loaded of the stage that arrived next.
+  __device__ __forceinline__ void centre() {
+    if constexpr (Traits::kLoads != MapLoads::kStrided) {
+      if (centred_.sample < task_.samples && !launch_.packed) {
+        if (centred_.chunk == 0) shifted_ = any_shift();
+#pragma unroll
+        for (int panel = 0; panel < 2; ++panel) {
+          if (panel == 1 && task_.diagonal) break;
+          if constexpr (Traits::kUnaligned) {
+            straighten(panel);
+          } else if (shifted_) {
+            centre_units(panel);
+          }
+        }
+      }
+    }
+    centred_.advance(task_.chunks);
+  }
+
+ private:
+  static constexpr int kUnit = Traits::kUnit;
+  using Values = Unit<T, kUnit>;
+
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / Traits::kLoadedUnits; }
+  static __device__ __forceinline__ int unit() { return threadIdx.x % Traits::kLoadedUnits; }
+  // The first map of the thread's i-th unit, counted from the panel's first, and its first
+  // position, counted from the stage's.
+  static __device__ __forceinline__ int map_of(int i) {
+    return Traits::kByPosition ? unit() * kUnit : first_row() + i * Traits::kRowStep;
+  }
+  static __device__ __forceinline__ int position_of(int i) {
+    return Traits::kByPosition ? first_row() + i * Traits::kRowStep : unit() * kUnit;
+  }
+
+  __device__ __forceinline__ int64_t maps_left(int panel) const {
+    return params_.maps.layout.channel.size - task_.first_map[panel];
+  }
+  __device__ __forceinline__ int64_t positions_left(const MapCursor& at) const {
+    return params_.maps.layout.positions - static_cast<int64_t>(at.chunk) * Traits::kDepth;
+  }
+
+  __device__ __forceinline__ MapSide side(int panel) const {
+    return panel == 0 ? left_side(params_) : right_side(params_);
+  }
+
+  // Where a sample's maps begin, in elements.
+  __device__ __forceinline__ int64_t sample_offset(int panel, int sample) const {
+    const ChannelDotLayout& layout = params_.maps.layout;
+    const MapSide from = side(panel);
+    return (task_.first_sample + sample) * from.stride(layout.sample) +
+           task_.first_map[panel] * from.stride(layout.channel);
+  }
+
+  __device__ __forceinline__ unsigned char* panel_of(int panel, const MapCursor& at) const {
+    return shared_.panel[at.stage % kMapStages][panel];
+  }
+  __device__ __forceinline__ const MapTerms<float>* terms_of(int panel, const MapCursor& at) const {
+    return shared_.terms[at.sample % kMapStages] + panel * Traits::kTile;
+  }
+  // The thread's i-th unit.
+  __device__ __forceinline__ T* unit_of(int panel, const MapCursor& at, int i) const {
+    return reinterpret_cast<T*>(
+        unit_address<Traits>(panel_of(panel, at), first_row(), unit()) +
+        i * (Traits::kRowStep * Traits::kRowUnits * 16));
+  }
+
+  __device__ __forceinline__ void load_terms() const {
+    const bool row = threadIdx.x < Traits::kTile;
+    const int64_t channels = params_.maps.layout.channel.size;
+    const int64_t channel =
+        (row ? task_.first_map[0] : task_.first_map[1]) + threadIdx.x % Traits::kTile;
+    const bool valid = channel < channels;
+    const int64_t index = (task_.first_sample + loaded_.sample) * channels + (valid ? channel : 0);
+    copy_async<16>(&shared_.terms[loaded_.sample % kMapStages][threadIdx.x],
+                   (row ? all_terms_[0] : all_terms_[1]) + index, valid);
+  }
+
+  __device__ __forceinline__ void load_units(int panel) {
+    const ChannelDotLayout& layout = params_.maps.layout;
+    const MapSide from = side(panel);
+    // Of the rows from the thread's first on.
+    const int64_t along = Traits::kByPosition ? maps_left(panel) : positions_left(loaded_);
+    const int64_t across = Traits::kByPosition ? positions_left(loaded_) : maps_left(panel);
+    const int64_t left = unit() * kUnit < along ? across - first_row() : 0;
+    const int64_t step =
+        Traits::kRowStep * from.stride(Traits::kByPosition ? layout.position[0] : layout.channel);
+#pragma unroll
+    for (int i = 0; i < Traits::kUnitsPerThread; ++i)
+      copy_async<16>(unit_of(panel, loaded_, i), next_[panel] + i * step,
+                     i * Traits::kRowStep < left);
+    const bool last = loaded_.chunk == task_.chunks - 1;
+    next_[panel] += last ? sample_step_[panel] : chunk_step_[panel];
+  }
+
   // From the boundary of 16 bytes at or before each row's beginning on.
-  __device__ __forceinline__ void load_unaligned(int panel, const MapCursor& at) const {
-    constexpr int kUnits = kMapTile * Traits::kRowUnits;
-    const ChannelDotLayout& layout = params.maps.layout;
+  __device__ __forceinline__ void load_unaligned(int panel) const {
+    constexpr int kUnits = Traits::kTile * Traits::kRowUnits;
+    const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
     const T* data = static_cast<const T*>(from.data);
-    const int64_t maps = sample_offset(panel, at.sample);
-    unsigned char* to = shared.panel[at.stage % kMapStages][panel];
+    const int64_t maps = sample_offset(panel, loaded_.sample);
+    unsigned char* to = panel_of(panel, loaded_);
 #pragma unroll
-    for (int first = 0; first < kUnits; first += kMapThreads) {
+    for (int first = 0; first < kUnits; first += Traits::kThreads) {
       const int index = first + threadIdx.x;
       if (index >= kUnits) break;
       const int row = index / Traits::kRowUnits, unit = index % Traits::kRowUnits;
       const int64_t map = maps + row * from.stride(layout.channel);
-      const int64_t begin = map / kUnit * kUnit + at.chunk * Traits::kDepth + unit * kUnit;
-      const bool valid = inside(panel, row, 0) && begin < map + layout.positions;
-      const int64_t left = launch.extent[panel] - begin;
+      const int64_t begin =
+          map / kUnit * kUnit + static_cast<int64_t>(loaded_.chunk) * Traits::kDepth + unit * kUnit;
+      const bool valid = row < maps_left(panel) && begin < map + layout.positions;
+      const int64_t left = launch_.extent[panel] - begin;
       const int elements = left < kUnit ? static_cast<int>(left) : kUnit;
       copy_part_async<16>(unit_address<Traits>(to, row, unit), data + (valid ? begin : 0),
                           valid ? elements * static_cast<int>(sizeof(T)) : 0);
@@ -180,131 +258,104 @@ struct MapLoader {
   }
 
   // Element by element, centred at once.
-  __device__ __forceinline__ void load_elements(int panel, const MapCursor& at) const {
-    const ChannelDotLayout& layout = params.maps.layout;
+  __device__ __forceinline__ void load_elements(int panel) const {
+    const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
-    const T* maps = sample_maps(panel, at.sample);
-    const MapTerms<float>* terms = all_terms[panel] +
-                                   (task.first_sample + at.sample) * layout.channel.size +
-                                   task.first_map[panel];
-    unsigned char* to = shared.panel[at.stage % kMapStages][panel];
+    const T* maps = static_cast<const T*>(from.data) + sample_offset(panel, loaded_.sample);
+    const MapTerms<float>* terms =
+        all_terms_[panel] + (task_.first_sample + loaded_.sample) * layout.channel.size +
+        task_.first_map[panel];
+    unsigned char* to = panel_of(panel, loaded_);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kMapTile * Traits::kDepth; i += kMapThreads) {
+    for (int i = threadIdx.x; i < Traits::kTile * Traits::kDepth; i += Traits::kThreads) {
       const int map = i / Traits::kDepth, depth = i % Traits::kDepth;
-      const int64_t position = at.chunk * Traits::kDepth + depth;
+      const int64_t position = static_cast<int64_t>(loaded_.chunk) * Traits::kDepth + depth;
       T centred{};
-      if (inside(panel, map, position))
+      if (map < maps_left(panel) && position < layout.positions)
         centred = narrow<T>(
             widen(maps[map * from.stride(layout.channel) + from.position(layout, position)]) -
             terms[map].shift);
-      T* unit = reinterpret_cast<T*>(unit_address<Traits>(to, map, depth / Traits::kUnit));
-      unit[depth % Traits::kUnit] = centred;
+      T* unit = reinterpret_cast<T*>(unit_address<Traits>(to, map, depth / kUnit));
+      unit[depth % kUnit] = centred;
     }
   }
 
-  __device__ __forceinline__ void load(const MapCursor& at) const {
-    if (at.sample < task.samples) {
-      if (at.chunk == 0) load_terms(at);
+  // Whether any map of which this thread loads units is to be shifted.
+  __device__ __forceinline__ bool any_shift() const {
+    constexpr int kMaps = Traits::kByPosition ? kUnit : Traits::kUnitsPerThread;
+    bool any = false;
 #pragma unroll
-      for (int panel = 0; panel < 2; ++panel) {
-        if (panel == 1 && task.diagonal) break;
-        if constexpr (Traits::kLoads == MapLoads::kStrided) {
-          load_elements(panel, at);
-        } else if constexpr (Traits::kUnaligned) {
-          load_unaligned(panel, at);
-        } else {
-          load_units(panel, at);
-        }
-      }
+    for (int panel = 0; panel < 2; ++panel) {
+      if (panel == 1 && task_.diagonal) break;
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i)
+        any |= terms_of(panel, centred_)[Traits::kByPosition ? map_of(0) + i : map_of(i)].shift != 0;
     }
-    commit_copies();
+    return any;
   }
 
   // The unit less the shifts of its maps.
   __device__ __forceinline__ Values centred(const Values& values,
                                             const MapTerms<float>* terms) const {
-    float shift[kUnit];
-    bool any = false;
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-      shift[e] = terms[Traits::kByPosition ? e : 0].shift;
-      any |= shift[e] != 0;
-    }
-    if (!any) return values;
     Values result{};
 #pragma unroll
-    for (int e = 0; e < kUnit; ++e) result.put(e, narrow<T>(values.value(e) - shift[e]));
+    for (int e = 0; e < kUnit; ++e)
+      result.put(e, narrow<T>(values.value(e) - terms[Traits::kByPosition ? e : 0].shift));
     return result;
   }
 
-  __device__ __forceinline__ T* panel_unit(int panel, const MapCursor& at, int row,
-                                           int unit) const {
-    return reinterpret_cast<T*>(
-        unit_address<Traits>(shared.panel[at.stage % kMapStages][panel], row, unit));
-  }
-
-  // Centres what this thread loaded. What lies outside the maps stays zero.
-  __device__ __forceinline__ void centre_units(int panel, const MapCursor& at,
-                                               const MapTerms<float>* terms) const {
+  // What lies outside the maps stays zero, as do the terms of maps outside the panel.
+  __device__ __forceinline__ void centre_units(int panel) const {
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const Place place = place_of(i, at);
-      if (!inside(panel, place.map, place.position)) continue;
-      T* address = panel_unit(panel, at, place.row, place.unit);
-      store_unit(centred(load_unit<T, kUnit>(address), terms + place.map), address);
+      if (position_of(i) >= positions_left(centred_)) continue;
+      T* address = unit_of(panel, centred_, i);
+      store_unit(centred(load_unit<T, kUnit>(address), terms_of(panel, centred_) + map_of(i)),
+                 address);
     }
   }
 
   // Moves every row to the beginning of its units, centres it, and writes zeros behind its end. The
   // threads of a row are of one warp.
-  __device__ __forceinline__ void straighten(int panel, const MapCursor& at,
-                                             const MapTerms<float>* terms) const {
-    const ChannelDotLayout& layout = params.maps.layout;
-    const int64_t maps = sample_offset(panel, at.sample);
-    const int64_t stride = side(panel).stride(layout.channel);
+  __device__ __forceinline__ void straighten(int panel) const {
+    const int64_t maps = sample_offset(panel, centred_.sample);
+    const int64_t stride = side(panel).stride(params_.maps.layout.channel);
+    const MapTerms<float>* terms = terms_of(panel, centred_);
     Values straight[Traits::kUnitsPerThread];
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const Place place = place_of(i, at);
-      const T* address = panel_unit(panel, at, place.row, place.unit);
-      const int first = static_cast<unsigned>(maps + place.row * stride) % kUnit;
-      const Values moved =
+      const T* address = unit_of(panel, centred_, i);
+      const int first = static_cast<unsigned>(maps + map_of(i) * stride) % kUnit;
+      Values moved =
           elements_from(first, load_unit<T, kUnit>(address), load_unit<T, kUnit>(address + kUnit));
-      const int64_t left = inside(panel, place.row, 0) ? layout.positions - place.position : 0;
-      straight[i] = zero_outside(centred(moved, terms + place.row),
-                                 unit_mask<T, kUnit>(bits_within<kUnit, int64_t>(0, 0, left)));
+      if (shifted_) moved = centred(moved, terms + map_of(i));
+      const int64_t left =
+          map_of(i) < maps_left(panel) ? positions_left(centred_) - position_of(i) : 0;
+      straight[i] =
+          zero_outside(moved, unit_mask<T, kUnit>(bits_within<kUnit, int64_t>(0, 0, left)));
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const Place place = place_of(i, at);
-      store_unit(straight[i], panel_unit(panel, at, place.row, place.unit));
-    }
+    for (int i = 0; i < Traits::kUnitsPerThread; ++i)
+      store_unit(straight[i], unit_of(panel, centred_, i));
   }
 
-  __device__ __forceinline__ void centre(const MapCursor& at) const {
-    if constexpr (Traits::kLoads != MapLoads::kStrided) {
-      if (at.sample >= task.samples) return;
-#pragma unroll
-      for (int panel = 0; panel < 2; ++panel) {
-        if (panel == 1 && task.diagonal) break;
-        const MapTerms<float>* terms = shared.terms[at.sample % kMapStages] + panel * kMapTile;
-        if constexpr (Traits::kUnaligned) {
-          straighten(panel, at, terms);
-        } else {
-          centre_units(panel, at, terms);
-        }
-      }
-    }
-  }
+  const MapSimilarityParams& params_;
+  const MapSimilarityLaunch& launch_;
+  const MapTask& task_;
+  const MapTerms<float>* const all_terms_[2];
+  MapShared<Traits>& shared_;
+  MapCursor loaded_, centred_;
+  bool shifted_ = false;  // of the sample that is centred
+  // Where the thread's first unit of the next stage lies, and from there to that of the next stage.
+  const T* next_[2];
+  int64_t chunk_step_[2], sample_step_[2];
 };
 
-constexpr int kWarpRows = 2;     // fragments of 16 rows: a warp's quarter of the tile is 32 x 32
-constexpr int kWarpColumns = 4;  // fragments of 8 columns
-
 // One warp's sums: element i of fragment [r][c] is as mma.cuh says.
+template <class Traits>
 struct WarpTile {
-  float element[kWarpRows][kWarpColumns][4];
+  float element[Traits::kRows][Traits::kColumns][4];
 };
 
 // The fragments of 16 maps from `map` on (rows of A), at depth step `step` of a stage.
@@ -329,7 +380,7 @@ __device__ __forceinline__ void load_rows(unsigned char* panel, int map, int ste
 // The fragments of 16 maps from `map` on, as two neighbouring groups of columns of B.
 template <class Traits>
 __device__ __forceinline__ void load_columns(unsigned char* panel, int map, int step,
-                                             uint32_t (&b)[2][2]) {
+                                             uint32_t (&low)[2], uint32_t (&high)[2]) {
   const int lane = threadIdx.x % 32;
   uint32_t both[4];
   if constexpr (!Traits::kByPosition) {
@@ -347,7 +398,10 @@ __device__ __forceinline__ void load_columns(unsigned char* panel, int map, int 
     }
   }
 #pragma unroll
-  for (int r = 0; r < 4; ++r) b[r / 2][r % 2] = both[r];
+  for (int r = 0; r < 2; ++r) {
+    low[r] = both[r];
+    high[r] = both[2 + r];
+  }
 }
 
 // values[i] = big + small, each of them in TF32; big replaces the value.
@@ -365,145 +419,193 @@ __device__ __forceinline__ void split_fragments(uint32_t (&values)[kCount][kRegi
   }
 }
 
-// sums += the products over one stage. float32 values are multiplied as pairs of TF32 values: three
-// products keep 20 bits, one keeps 11. The matrix units round sums towards zero; a stage's own sum
-// is short, and joins the others by a rounded addition.
-template <class Traits>
-__device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,
-                                          int column, bool allow_tf32, WarpTile& sums) {
-  using T = typename Traits::T;
-  constexpr bool kPairs = sizeof(T) == 4;
-  WarpTile stage{};
-#pragma unroll
-  for (int step = 0; step < Traits::kDepth / kMmaDepth<T>; ++step) {
-    uint32_t a[kWarpRows][4], small_a[kWarpRows][4];
-#pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) load_rows<Traits>(rows, row + 16 * r, step, a[r]);
-    if constexpr (kPairs) split_fragments(a, small_a);
-#pragma unroll
-    for (int first = 0; first < kWarpColumns; first += 2) {
-      uint32_t b[2][2], small_b[2][2];
-      load_columns<Traits>(columns, column + 8 * first, step, b);
-      if constexpr (kPairs) split_fragments(b, small_b);
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float (&sum)[4] = stage.element[r][first + c];
-          if constexpr (kPairs) {
-            if (!allow_tf32) {
-              mma_tf32(sum, small_a[r], b[c]);
-              mma_tf32(sum, a[r], small_b[c]);
-            }
-            mma_tf32(sum, a[r], b[c]);
-          } else {
-            mma_16_bit<T>(sum, a[r], b[c]);
-          }
-        }
-      }
+// C += A * B. float32 values are multiplied as pairs of TF32 values: three products keep 20 bits,
+// one keeps 11.
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&small_a)[4], const uint32_t (&b)[2],
+                                         const uint32_t (&small_b)[2], bool allow_tf32) {
+  if constexpr (sizeof(T) == 2) {
+    mma_16_bit<T>(c, a, b);
+  } else {
+    if (!allow_tf32) {
+      mma_tf32(c, small_a, b);
+      mma_tf32(c, a, small_b);
     }
+    mma_tf32(c, a, b);
   }
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r)
-#pragma unroll
-    for (int c = 0; c < kWarpColumns; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums.element[r][c][i] += stage.element[r][c][i];
 }
 
-// Calls visit(element, r, c, i, row, column) with each of the warp's elements [r][c][i] that this
-// lane holds, and its place in the tile.
-template <class Visit>
-__device__ __forceinline__ void for_each_element(WarpTile& tile, int row, int column, Visit visit) {
-  const int lane = threadIdx.x % 32;
+// The warp's first kRows fragments of rows: sums += the products over one stage. The matrix units
+// round sums towards zero; a stage's own sum is short, and joins the others by a rounded addition,
+// unless these are few (kShort).
+template <class Traits, int kRows, bool kShort>
+__device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,
+                                          int column, bool allow_tf32, WarpTile<Traits>& sums) {
+  using T = typename Traits::T;
+  constexpr int kSteps = Traits::kSteps, kColumns = Traits::kColumns;
+  constexpr bool kPairs = sizeof(T) == 4;
+  uint32_t b[kSteps][kColumns][2], small_b[kSteps][kColumns][2];
 #pragma unroll
-  for (int r = 0; r < kWarpRows; ++r)
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2)
+      load_columns<Traits>(columns, column + 8 * c, step, b[step][c], b[step][c + 1]);
+    if constexpr (kPairs) split_fragments(b[step], small_b[step]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    uint32_t a[kSteps][4], small_a[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      load_rows<Traits>(rows, row + 16 * r, step, a[step]);
+    if constexpr (kPairs) split_fragments(a, small_a);
+    float own[kColumns][4] = {};
+    auto& to = kShort ? sums.element[r] : own;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        multiply<T>(to[c], a[step], small_a[step], b[step][c], small_b[step][c], allow_tf32);
+    if constexpr (!kShort) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.element[r][c][i] += own[c][i];
+    }
+  }
+}
+
+// What a warp computes of a tile: from row `row` and column `column` on.
+struct WarpPart {
+  int row, column;
+  int rows;  // fragments of which anything is needed, rounded up to none, half or all of them
+};
+
+template <class Traits>
+__device__ __forceinline__ WarpPart warp_part(const MapTask& task, int64_t channels) {
+  constexpr int kWarps = Traits::kTile / 32;  // beside each other
+  const int half = threadIdx.x / 32 / kWarps, place = threadIdx.x / 32 % kWarps;
+  // The lower warps are mirrored: of a diagonal tile, whose lower left is not needed, each pair of
+  // warps that share a scheduler so has its part.
+  WarpPart part{half * Traits::kTile / 2, (half == 0 ? place : kWarps - 1 - place) * 32, 0};
+  int64_t rows = channels - task.first_map[0] - part.row;
+  if (task.diagonal && part.column + 32 - part.row < rows) rows = part.column + 32 - part.row;
+  if (part.column >= channels - task.first_map[1]) rows = 0;
+  constexpr int kHalf = Traits::kRows * 8;
+  part.rows = rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows;
+  return part;
+}
+
+// sums += the products over stage `chunk` of a sample.
+template <class Traits>
+__device__ __forceinline__ void add_stage(const MapSimilarityParams& params, const WarpPart& part,
+                                          int chunk, unsigned char* rows, unsigned char* columns,
+                                          WarpTile<Traits>& sums) {
+  const auto add = [&](auto count, auto is_short) {
+    add_stage<Traits, decltype(count)::value, decltype(is_short)::value>(
+        rows, columns, part.row, part.column, params.allow_tf32, sums);
+  };
+  const auto add_rows = [&](auto count) {
+    if (chunk < kMapShortChunks) {
+      add(count, std::true_type{});
+    } else {
+      add(count, std::false_type{});
+    }
+  };
+  if (part.rows == Traits::kRows) {
+    add_rows(std::integral_constant<int, Traits::kRows>{});
+  } else if (part.rows > 0) {
+    add_rows(std::integral_constant<int, Traits::kRows / 2>{});
+  }
+}
+
+// Calls visit(element, r, c, i, row, column) with each of the needed elements [r][c][i] of the part
+// that this lane holds, and its place in the tile.
+template <class Traits, class Visit>
+__device__ __forceinline__ void for_each_element(WarpTile<Traits>& tile, const WarpPart& part,
+                                                 Visit visit) {
+  const int lane = threadIdx.x % 32;
+  const int row = part.row + lane / 4, column = part.column + lane % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < Traits::kRows; ++r) {
+    if (r % (Traits::kRows / 2) == 0 && r >= part.rows) break;
 #pragma unroll
     for (int i = 0; i < 4; i += 2)
 #pragma unroll
-      for (int c = 0; c < kWarpColumns; ++c)
+      for (int c = 0; c < Traits::kColumns; ++c)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          visit(tile.element[r][c][i + e], r, c, i + e, row + 16 * r + lane / 4 + 4 * i,
-                column + 8 * c + lane % 4 * 2 + e);
+          visit(tile.element[r][c][i + e], r, c, i + e, row + 16 * r + 4 * i, column + 8 * c + e);
+  }
 }
 
-// totals += the similarities that a sample's sums of products amount to.
-template <SimilarityKind kind>
-__device__ __forceinline__ void add_similarities(const MapTerms<float>* terms, bool diagonal,
-                                                 float per_position, int row, int column,
-                                                 WarpTile& sums, WarpTile& totals) {
-  for_each_element(sums, row, column, [&](float sum, int r, int c, int i, int m, int n) {
-    const MapTerms<float> a = terms[m], b = terms[kMapTile + n];
+// totals += the similarities that a sample's sums of products amount to; self += the similarity of
+// the thread's own map to itself.
+template <SimilarityKind kind, class Traits>
+__device__ __forceinline__ void add_similarities(const MapTerms<float>* terms, const WarpPart& part,
+                                                 float per_position, WarpTile<Traits>& sums,
+                                                 WarpTile<Traits>& totals, float& self) {
+  for_each_element(sums, part, [&](float sum, int r, int c, int i, int m, int n) {
     totals.element[r][c][i] +=
-        diagonal && m == n ? self_similarity<kind>(a) : similarity<kind>(a, b, sum * per_position);
+        similarity<kind>(terms[m], terms[Traits::kTile + n], sum, per_position);
   });
+  self += self_similarity<kind>(terms[threadIdx.x]);
 }
 
-// Writes partial[block][kMapTile][kMapTile], the sums over the task's samples. Of a diagonal tile,
-// what lies below the diagonal is not written, nor is what lies outside the result.
+// Writes partial[block][kTile][kTile], the sums over the task's samples. Of a diagonal tile, what
+// lies below the diagonal is not written, nor is what lies outside the result.
 template <class Traits>
-__global__ void __launch_bounds__(kMapThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     map_similarity_tiles(MapSimilarityParams params, MapSimilarityLaunch launch,
                          const MapTerms<float>* x_terms, const MapTerms<float>* y_terms,
                          float* partial) {
-  __shared__ MapShared<Traits> shared;
+  constexpr int kTile = Traits::kTile;
+  auto& shared = dynamic_shared<MapShared<Traits>>();
   const ChannelDotLayout& layout = params.maps.layout;
-  const int64_t chunks = ceil_div(layout.positions, Traits::kDepth);
   const float scale = static_cast<float>(params.scale);
   const float per_position = scale * scale / static_cast<float>(layout.positions);
-  const int warp = threadIdx.x / 32, row = warp / 2 * 32, column = warp % 2 * 32;
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
-    const TileIndex tile = launch.tile(params.symmetric, block % launch.tiles);
+    const TileIndex tile = launch.tile_index(params.symmetric, block % launch.tiles);
     const int64_t first_sample = block / launch.tiles * launch.split.length;
     const int64_t left = layout.sample.size - first_sample;
-    const MapTask task{{tile.row * kMapTile, tile.column * kMapTile},
+    const MapTask task{{tile.row * kTile, tile.column * kTile},
                        params.symmetric && tile.row == tile.column,
                        first_sample,
-                       left < launch.split.length ? left : launch.split.length};
-    const bool computes = task.first_map[0] + row < layout.channel.size &&
-                          task.first_map[1] + column < layout.channel.size &&
-                          !(task.diagonal && row > column);
-    const MapLoader<Traits> loader{params, launch, task, {x_terms, y_terms}, shared};
-    WarpTile sums{}, totals{};
-    MapCursor loaded{0, 0, 0}, centred{0, 0, 0}, summed{0, 0, 0};
+                       static_cast<int>(left < launch.split.length ? left : launch.split.length),
+                       static_cast<int>(ceil_div(layout.positions, Traits::kDepth))};
+    const WarpPart part = warp_part<Traits>(task, layout.channel.size);
+    MapLoader<Traits> loader(params, launch, task, x_terms, y_terms, shared);
+    WarpTile<Traits> sums{}, totals{};
+    float self = 0;
+    MapCursor summed;
 #pragma unroll 1
-    for (int stage = 0; stage < kMapStages - 1; ++stage) {
-      loader.load(loaded);
-      loaded.advance(chunks);
-    }
+    for (int stage = 0; stage < kMapStages - 1; ++stage) loader.load();
     wait_for_copies<kMapStages - 2>();
     __syncthreads();
-    loader.centre(centred);
-    centred.advance(chunks);
+    loader.centre();
     while (summed.sample < task.samples) {
       // The next stage has arrived; this one was centred in the last turn.
       wait_for_copies<kMapStages - 3>();
       __syncthreads();
-      loader.load(loaded);
-      loaded.advance(chunks);
-      loader.centre(centred);
-      centred.advance(chunks);
-      if (computes) {
-        auto& panel = shared.panel[summed.stage % kMapStages];
-        add_stage<Traits>(panel[0], panel[task.diagonal ? 0 : 1], row, column, params.allow_tf32,
-                          sums);
-        if (summed.chunk == chunks - 1) {
-          with_kind(params.kind, [&](auto kind) {
-            add_similarities<decltype(kind)::value>(shared.terms[summed.sample % kMapStages],
-                                                    task.diagonal, per_position, row, column, sums,
-                                                    totals);
-          });
-          sums = WarpTile{};
-        }
+      loader.load();
+      loader.centre();
+      auto& panel = shared.panel[summed.stage % kMapStages];
+      add_stage<Traits>(params, part, summed.chunk, panel[0], panel[task.diagonal ? 0 : 1], sums);
+      if (summed.chunk == task.chunks - 1) {
+        with_kind(params.kind, [&](auto kind) {
+          add_similarities<decltype(kind)::value>(shared.terms[summed.sample % kMapStages], part,
+                                                  per_position, sums, totals, self);
+        });
+        sums = WarpTile<Traits>{};
       }
-      summed.advance(chunks);
+      summed.advance(task.chunks);
     }
-    float* part = partial + block * (kMapTile * kMapTile);
-    if (computes)
-      for_each_element(totals, row, column, [&](float total, int, int, int, int m, int n) {
-        part[m * kMapTile + n] = total;
-      });
+    float* out = partial + block * (kTile * kTile);
+    for_each_element(totals, part, [&](float total, int, int, int, int m, int n) {
+      if (!task.diagonal || m != n) out[m * kTile + n] = total;
+    });
+    if (task.diagonal && threadIdx.x < kTile) out[threadIdx.x * (kTile + 1)] = self;
     wait_for_copies<0>();
     __syncthreads();
   }
@@ -514,15 +616,16 @@ template <class = void>
 __global__ void __launch_bounds__(kBlockThreads)
     mean_of_map_parts(MapSimilarityParams params, MapSimilarityLaunch launch,
                       const float* partial) {
-  constexpr int64_t kElements = kMapTile * kMapTile;
-  const int64_t channels = params.maps.layout.channel.size, count = launch.tiles * kElements;
+  const int64_t elements = static_cast<int64_t>(launch.tile) * launch.tile;
+  const int64_t channels = params.maps.layout.channel.size, count = launch.tiles * elements;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlockThreads;
   float* out = static_cast<float*>(params.maps.out);
   for (int64_t e = blockIdx.x * static_cast<int64_t>(kBlockThreads) + threadIdx.x; e < count;
        e += stride) {
-    const TileIndex tile = launch.tile(params.symmetric, e / kElements);
-    const int64_t i = tile.row * kMapTile + e % kElements / kMapTile;
-    const int64_t j = tile.column * kMapTile + e % kMapTile;
+    const DivMod at = div_mod(e, elements), in_tile = div_mod(at.remainder, launch.tile);
+    const TileIndex tile = launch.tile_index(params.symmetric, at.quotient);
+    const int64_t i = tile.row * launch.tile + in_tile.quotient;
+    const int64_t j = tile.column * launch.tile + in_tile.remainder;
     if (i >= channels || j >= channels || (params.symmetric && i > j)) continue;
     float sum = 0;
     for (int64_t part = 0; part < launch.split.count; ++part) sum += partial[part * count + e];
@@ -532,19 +635,51 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Calls use(kernel) with the kernel for this way of loading. Host code, shared by the launcher and
-// the emulator's tests.
+// Copies centred maps to out[sample][channel][padded], zeros behind their ends.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads)
+    centre_maps(MapSimilarityParams params, MapSide side, const MapTerms<float>* terms,
+                int64_t padded, T* out) {
+  constexpr int kUnit = 16 / sizeof(T);
+  const ChannelDotLayout& layout = params.maps.layout;
+  const int64_t units = padded / kUnit, count = layout.sample.size * layout.channel.size * units;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlockThreads;
+  for (int64_t index = blockIdx.x * static_cast<int64_t>(kBlockThreads) + threadIdx.x;
+       index < count; index += stride) {
+    const DivMod at = div_mod(index, units), map = div_mod(at.quotient, layout.channel.size);
+    const T* from = static_cast<const T*>(side.data) + map.quotient * side.stride(layout.sample) +
+                    map.remainder * side.stride(layout.channel);
+    const float shift = terms[at.quotient].shift;
+    Unit<T, kUnit> unit{};
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      const int64_t position = at.remainder * kUnit + e;
+      if (position < layout.positions)
+        unit.put(e, narrow<T>(widen(from[side.position(layout, position)]) - shift));
+    }
+    store_unit(unit, out + index * kUnit);
+  }
+}
+
+// Calls use(kernel, traits) with the kernel for this way of loading and its traits. Host code,
+// shared by the launcher and the emulator's tests.
 template <class T, class Use>
-void with_map_similarity_kernel(MapLoads loads, Use use) {
-  switch (loads) {
+void with_map_similarity_kernel(const MapSimilarityLaunch& launch, Use use) {
+  const auto with = [&](auto traits) {
+    use(map_similarity_tiles<decltype(traits)>, traits);
+  };
+  const bool large = launch.tile == kLargeMapTile;
+  switch (launch.loads) {
     case MapLoads::kRows:
-      return use(map_similarity_tiles<MapTraits<T, MapLoads::kRows>>);
+      return large ? with(MapTraits<T, MapLoads::kRows, kLargeMapTile>{})
+                   : with(MapTraits<T, MapLoads::kRows, kSmallMapTile>{});
     case MapLoads::kUnalignedRows:
-      return use(map_similarity_tiles<MapTraits<T, MapLoads::kUnalignedRows>>);
+      return with(MapTraits<T, MapLoads::kUnalignedRows, kSmallMapTile>{});
     case MapLoads::kChannelsLast:
-      return use(map_similarity_tiles<MapTraits<T, MapLoads::kChannelsLast>>);
+      return large ? with(MapTraits<T, MapLoads::kChannelsLast, kLargeMapTile>{})
+                   : with(MapTraits<T, MapLoads::kChannelsLast, kSmallMapTile>{});
     case MapLoads::kStrided:
-      return use(map_similarity_tiles<MapTraits<T, MapLoads::kStrided>>);
+      return with(MapTraits<T, MapLoads::kStrided, kSmallMapTile>{});
   }
 }
 

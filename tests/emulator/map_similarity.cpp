@@ -23,17 +23,36 @@ std::vector<ccp::MapTerms<float>> moments(const MapSimilarityParams& params, ccp
   return terms;
 }
 
+template <class T>
+std::vector<T> centred_maps(const MapSimilarityParams& params, ccp::MapSide side,
+                            const std::vector<ccp::MapTerms<float>>& terms, unsigned seed) {
+  const int64_t padded = ccp::padded_positions(params.maps.layout, sizeof(T));
+  std::vector<T> maps(terms.size() * padded);
+  memset(maps.data(), 0xff, maps.size() * sizeof(T));
+  emu::launch(2, ccp::kBlockThreads, seed, ccp::centre_maps<T>, params, side, terms.data(), padded,
+              maps.data());
+  return maps;
+}
+
 // What the launcher does, with emulated launches.
 template <class T>
-void run(const MapSimilarityParams& params, unsigned seed) {
+void run(MapSimilarityParams params, unsigned seed) {
   const auto x_terms = moments<T>(params, ccp::left_side(params), seed);
   const auto y_terms =
       params.symmetric ? x_terms : moments<T>(params, ccp::right_side(params), seed);
-  ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, sizeof(T));
-  auto partial = testing::unwritten<float>(launch.blocks * ccp::kMapTile * ccp::kMapTile);
-  ccp::with_map_similarity_kernel<T>(launch.loads, [&](auto kernel) {
+  const ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, sizeof(T));
+  std::vector<T> x_maps, y_maps;
+  if (launch.packed) {
+    x_maps = centred_maps<T>(params, ccp::left_side(params), x_terms, seed);
+    if (!params.symmetric)
+      y_maps = centred_maps<T>(params, ccp::right_side(params), y_terms, seed);
+    params = ccp::packed_maps(params, x_maps.data(),
+                              params.symmetric ? x_maps.data() : y_maps.data(), sizeof(T));
+  }
+  auto partial = testing::unwritten<float>(launch.blocks * launch.tile * launch.tile);
+  ccp::with_map_similarity_kernel<T>(launch, [&](auto kernel, auto traits) {
     const unsigned grid = seed % 2 == 0 ? std::min(launch.grid, 2u) : launch.grid;
-    emu::launch(grid, ccp::kMapThreads, seed, kernel, params, launch, x_terms.data(),
+    emu::launch(grid, decltype(traits)::kThreads, seed, kernel, params, launch, x_terms.data(),
                 y_terms.data(), partial.data());
   });
   emu::launch(2, ccp::kBlockThreads, seed, ccp::mean_of_map_parts<>, params, launch,
