@@ -8,9 +8,8 @@ namespace ccp {
 
 // A block compares a tile of maps with a tile of maps, by twice as many threads.
 constexpr int kLargeMapTile = 128, kSmallMapTile = 64;
-constexpr int kMapStages = 4;       // of the pipeline between global memory and the matrix units
-constexpr int kMapRowBytes = 64;    // of each map in a stage
-constexpr int kMapShortChunks = 2;  // stages of a sample that are summed without a rounded addition
+constexpr int kMapStages = 4;     // of the pipeline between global memory and the matrix units
+constexpr int kMapRowBytes = 64;  // of each map in a stage
 
 // Blocks on a multiprocessor: both tiles keep eight warps there.
 CCP_HD constexpr int map_blocks_at_once(int tile) { return tile == kLargeMapTile ? 1 : 2; }

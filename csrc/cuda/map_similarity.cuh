@@ -53,8 +53,9 @@ struct MapShared {
 };
 
 // Where unit `unit` of row `row` lies in a panel: mixed so that the eight rows that a warp reads at
-// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further
-// the mixture is the same.
+// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further the
+// mixture is the same, so that what is added to the row in multiples of eight is added to the
+// address (row_bytes).
 template <class Traits>
 __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int row, int unit) {
   int mixed;
@@ -70,13 +71,42 @@ __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int
   return panel + (row * Traits::kRowUnits + mixed) * 16;
 }
 
+template <class Traits>
+__device__ __forceinline__ constexpr int row_bytes(int rows) {
+  return rows * Traits::kRowUnits * 16;
+}
+
 // The tile of a block and its share of the samples.
 struct MapTask {
   int64_t first_map[2];  // of the rows, of the columns
-  bool diagonal;         // rows and columns are the same maps
+  int maps[2];
+  bool diagonal;  // rows and columns are the same maps
   int64_t first_sample;
-  int samples, chunks;  // stages of a sample
+  int samples;
+  int chunks;          // stages of a sample
+  int last_positions;  // in the last of them
 };
+
+template <class Traits>
+__device__ __forceinline__ MapTask map_task(const MapSimilarityParams& params,
+                                            const MapSimilarityLaunch& launch, int64_t block) {
+  const ChannelDotLayout& layout = params.maps.layout;
+  const auto at_most = [](int64_t count, int64_t most) {
+    return static_cast<int>(count < most ? count : most);
+  };
+  const TileIndex tile = launch.tile_index(params.symmetric, block % launch.tiles);
+  const int64_t row = tile.row * Traits::kTile, column = tile.column * Traits::kTile;
+  const int64_t first = block / launch.tiles * launch.split.length;
+  const int64_t chunks = ceil_div(layout.positions, Traits::kDepth);
+  return {{row, column},
+          {at_most(layout.channel.size - row, Traits::kTile),
+           at_most(layout.channel.size - column, Traits::kTile)},
+          params.symmetric && tile.row == tile.column,
+          first,
+          at_most(layout.sample.size - first, launch.split.length),
+          static_cast<int>(chunks),
+          static_cast<int>(layout.positions - (chunks - 1) * Traits::kDepth)};
+}
 
 // A stage's place in the sequence of all stages of all samples of a task.
 struct MapCursor {
@@ -173,11 +203,9 @@ class MapLoader {
     return Traits::kByPosition ? first_row() + i * Traits::kRowStep : unit() * kUnit;
   }
 
-  __device__ __forceinline__ int64_t maps_left(int panel) const {
-    return params_.maps.layout.channel.size - task_.first_map[panel];
-  }
-  __device__ __forceinline__ int64_t positions_left(const MapCursor& at) const {
-    return params_.maps.layout.positions - static_cast<int64_t>(at.chunk) * Traits::kDepth;
+  // Of the stage.
+  __device__ __forceinline__ int positions(const MapCursor& at) const {
+    return at.chunk == task_.chunks - 1 ? task_.last_positions : Traits::kDepth;
   }
 
   __device__ __forceinline__ MapSide side(int panel) const {
@@ -202,7 +230,7 @@ class MapLoader {
   __device__ __forceinline__ T* unit_of(int panel, const MapCursor& at, int i) const {
     return reinterpret_cast<T*>(
         unit_address<Traits>(panel_of(panel, at), first_row(), unit()) +
-        i * (Traits::kRowStep * Traits::kRowUnits * 16));
+        row_bytes<Traits>(i * Traits::kRowStep));
   }
 
   __device__ __forceinline__ void load_terms() const {
@@ -219,16 +247,15 @@ class MapLoader {
   __device__ __forceinline__ void load_units(int panel) {
     const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
-    // Of the rows from the thread's first on.
-    const int64_t along = Traits::kByPosition ? maps_left(panel) : positions_left(loaded_);
-    const int64_t across = Traits::kByPosition ? positions_left(loaded_) : maps_left(panel);
-    const int64_t left = unit() * kUnit < along ? across - first_row() : 0;
+    const int along = Traits::kByPosition ? task_.maps[panel] : positions(loaded_);
+    const int across = Traits::kByPosition ? positions(loaded_) : task_.maps[panel];
+    const int rows_left = unit() * kUnit < along ? across - first_row() : 0;
     const int64_t step =
         Traits::kRowStep * from.stride(Traits::kByPosition ? layout.position[0] : layout.channel);
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i)
       copy_async<16>(unit_of(panel, loaded_, i), next_[panel] + i * step,
-                     i * Traits::kRowStep < left);
+                     i * Traits::kRowStep < rows_left);
     const bool last = loaded_.chunk == task_.chunks - 1;
     next_[panel] += last ? sample_step_[panel] : chunk_step_[panel];
   }
@@ -249,7 +276,7 @@ class MapLoader {
       const int64_t map = maps + row * from.stride(layout.channel);
       const int64_t begin =
           map / kUnit * kUnit + static_cast<int64_t>(loaded_.chunk) * Traits::kDepth + unit * kUnit;
-      const bool valid = row < maps_left(panel) && begin < map + layout.positions;
+      const bool valid = row < task_.maps[panel] && begin < map + layout.positions;
       const int64_t left = launch_.extent[panel] - begin;
       const int elements = left < kUnit ? static_cast<int>(left) : kUnit;
       copy_part_async<16>(unit_address<Traits>(to, row, unit), data + (valid ? begin : 0),
@@ -271,7 +298,7 @@ class MapLoader {
       const int map = i / Traits::kDepth, depth = i % Traits::kDepth;
       const int64_t position = static_cast<int64_t>(loaded_.chunk) * Traits::kDepth + depth;
       T centred{};
-      if (map < maps_left(panel) && position < layout.positions)
+      if (map < task_.maps[panel] && depth < positions(loaded_))
         centred = narrow<T>(
             widen(maps[map * from.stride(layout.channel) + from.position(layout, position)]) -
             terms[map].shift);
@@ -308,7 +335,7 @@ class MapLoader {
   __device__ __forceinline__ void centre_units(int panel) const {
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      if (position_of(i) >= positions_left(centred_)) continue;
+      if (position_of(i) >= positions(centred_)) continue;
       T* address = unit_of(panel, centred_, i);
       store_unit(centred(load_unit<T, kUnit>(address), terms_of(panel, centred_) + map_of(i)),
                  address);
@@ -329,10 +356,8 @@ class MapLoader {
       Values moved =
           elements_from(first, load_unit<T, kUnit>(address), load_unit<T, kUnit>(address + kUnit));
       if (shifted_) moved = centred(moved, terms + map_of(i));
-      const int64_t left =
-          map_of(i) < maps_left(panel) ? positions_left(centred_) - position_of(i) : 0;
-      straight[i] =
-          zero_outside(moved, unit_mask<T, kUnit>(bits_within<kUnit, int64_t>(0, 0, left)));
+      const int left = map_of(i) < task_.maps[panel] ? positions(centred_) - position_of(i) : 0;
+      straight[i] = zero_outside(moved, unit_mask<T, kUnit>(bits_within<kUnit>(0, 0, left)));
     }
     __syncwarp();
 #pragma unroll
@@ -358,44 +383,50 @@ struct WarpTile {
   float element[Traits::kRows][Traits::kColumns][4];
 };
 
-// The fragments of 16 maps from `map` on (rows of A), at depth step `step` of a stage.
+// The lane's number of the eight maps from first + map on, at position `depth`: lane / 4 counts the
+// maps, lane % 4 the positions. `first` is a multiple of 32.
 template <class Traits>
-__device__ __forceinline__ void load_rows(unsigned char* panel, int map, int step,
+__device__ __forceinline__ uint32_t word(unsigned char* panel, int first, int map, int depth) {
+  const int lane = threadIdx.x % 32;
+  unsigned char* from = panel + row_bytes<Traits>(depth) + (first + map / 32 * 32) * 4;
+  unsigned char* unit = unit_address<Traits>(from, lane % 4, map % 32 / 4 + lane / 16);
+  return reinterpret_cast<uint32_t*>(unit)[lane / 4 % 4];
+}
+
+// The fragments of 16 maps from first + map on (rows of A), at depth step `step` of a stage.
+template <class Traits>
+__device__ __forceinline__ void load_rows(unsigned char* panel, int first, int map, int step,
                                           uint32_t (&a)[4]) {
   const int lane = threadIdx.x % 32;
   if constexpr (!Traits::kByPosition) {
-    load_matrices(a, unit_address<Traits>(panel, map + lane % 16, 2 * step + lane / 16));
+    load_matrices(a, unit_address<Traits>(panel + row_bytes<Traits>(first + map), lane % 16,
+                                          2 * step + lane / 16));
   } else if constexpr (sizeof(typename Traits::T) == 2) {
     load_matrices_transposed(a, unit_address<Traits>(panel, 16 * step + lane % 8 + lane / 16 * 8,
-                                                     map / 8 + lane / 8 % 2));
+                                                     (first + map) / 8 + lane / 8 % 2));
   } else {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = map + lane / 4 + r % 2 * 8, depth = 8 * step + lane % 4 + r / 2 * 4;
-      a[r] = reinterpret_cast<uint32_t*>(unit_address<Traits>(panel, depth, row / 4))[row % 4];
-    }
+    for (int r = 0; r < 4; ++r)
+      a[r] = word<Traits>(panel, first, map + r % 2 * 8, 8 * step + r / 2 * 4);
   }
 }
 
-// The fragments of 16 maps from `map` on, as two neighbouring groups of columns of B.
+// The fragments of 16 maps from first + map on, as two neighbouring groups of columns of B.
 template <class Traits>
-__device__ __forceinline__ void load_columns(unsigned char* panel, int map, int step,
+__device__ __forceinline__ void load_columns(unsigned char* panel, int first, int map, int step,
                                              uint32_t (&low)[2], uint32_t (&high)[2]) {
   const int lane = threadIdx.x % 32;
   uint32_t both[4];
   if constexpr (!Traits::kByPosition) {
-    load_matrices(
-        both, unit_address<Traits>(panel, map + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    load_matrices(both, unit_address<Traits>(panel + row_bytes<Traits>(first + map),
+                                             lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
   } else if constexpr (sizeof(typename Traits::T) == 2) {
-    load_matrices_transposed(
-        both, unit_address<Traits>(panel, 16 * step + lane % 16, map / 8 + lane / 16));
+    load_matrices_transposed(both, unit_address<Traits>(panel, 16 * step + lane % 16,
+                                                        (first + map) / 8 + lane / 16));
   } else {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int column = map + lane / 4 + r / 2 * 8, depth = 8 * step + lane % 4 + r % 2 * 4;
-      both[r] =
-          reinterpret_cast<uint32_t*>(unit_address<Traits>(panel, depth, column / 4))[column % 4];
-    }
+    for (int r = 0; r < 4; ++r)
+      both[r] = word<Traits>(panel, first, map + r / 2 * 8, 8 * step + r % 2 * 4);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -436,10 +467,10 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
-// The warp's first kRows fragments of rows: sums += the products over one stage. The matrix units
-// round sums towards zero; a stage's own sum is short, and joins the others by a rounded addition,
-// unless these are few (kShort).
-template <class Traits, int kRows, bool kShort>
+// The warp's first kRows fragments of rows: sums += the products over one stage, or sums = those of
+// a sample's first. The matrix units round sums towards zero; a stage's own sum is short, and joins
+// the others by a rounded addition.
+template <class Traits, int kRows, bool kFirst>
 __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,
                                           int column, bool allow_tf32, WarpTile<Traits>& sums) {
   using T = typename Traits::T;
@@ -450,7 +481,7 @@ __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* co
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int c = 0; c < kColumns; c += 2)
-      load_columns<Traits>(columns, column + 8 * c, step, b[step][c], b[step][c + 1]);
+      load_columns<Traits>(columns, column, 8 * c, step, b[step][c], b[step][c + 1]);
     if constexpr (kPairs) split_fragments(b[step], small_b[step]);
   }
 #pragma unroll
@@ -458,21 +489,19 @@ __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* co
     uint32_t a[kSteps][4], small_a[kSteps][4];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
-      load_rows<Traits>(rows, row + 16 * r, step, a[step]);
+      load_rows<Traits>(rows, row, 16 * r, step, a[step]);
     if constexpr (kPairs) split_fragments(a, small_a);
     float own[kColumns][4] = {};
-    auto& to = kShort ? sums.element[r] : own;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        multiply<T>(to[c], a[step], small_a[step], b[step][c], small_b[step][c], allow_tf32);
-    if constexpr (!kShort) {
+        multiply<T>(own[c], a[step], small_a[step], b[step][c], small_b[step][c], allow_tf32);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c)
+    for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums.element[r][c][i] += own[c][i];
-    }
+      for (int i = 0; i < 4; ++i)
+        sums.element[r][c][i] = kFirst ? own[c][i] : sums.element[r][c][i] + own[c][i];
   }
 }
 
@@ -483,35 +512,29 @@ struct WarpPart {
 };
 
 template <class Traits>
-__device__ __forceinline__ WarpPart warp_part(const MapTask& task, int64_t channels) {
+__device__ __forceinline__ WarpPart warp_part(const MapTask& task) {
   constexpr int kWarps = Traits::kTile / 32;  // beside each other
   const int half = threadIdx.x / 32 / kWarps, place = threadIdx.x / 32 % kWarps;
   // The lower warps are mirrored: of a diagonal tile, whose lower left is not needed, each pair of
   // warps that share a scheduler so has its part.
-  WarpPart part{half * Traits::kTile / 2, (half == 0 ? place : kWarps - 1 - place) * 32, 0};
-  int64_t rows = channels - task.first_map[0] - part.row;
-  if (task.diagonal && part.column + 32 - part.row < rows) rows = part.column + 32 - part.row;
-  if (part.column >= channels - task.first_map[1]) rows = 0;
+  const int row = half * Traits::kTile / 2, column = (half == 0 ? place : kWarps - 1 - place) * 32;
+  int rows = column < task.maps[1] ? task.maps[0] - row : 0;
+  if (task.diagonal && rows > column + 32 - row) rows = column + 32 - row;
   constexpr int kHalf = Traits::kRows * 8;
-  part.rows = rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows;
-  return part;
+  return {row, column, rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows};
 }
 
-// sums += the products over stage `chunk` of a sample.
+// The same of all rows that the part needs.
 template <class Traits>
-__device__ __forceinline__ void add_stage(const MapSimilarityParams& params, const WarpPart& part,
-                                          int chunk, unsigned char* rows, unsigned char* columns,
+__device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns,
+                                          const WarpPart& part, bool first, bool allow_tf32,
                                           WarpTile<Traits>& sums) {
-  const auto add = [&](auto count, auto is_short) {
-    add_stage<Traits, decltype(count)::value, decltype(is_short)::value>(
-        rows, columns, part.row, part.column, params.allow_tf32, sums);
+  const auto add = [&](auto count, auto is_first) {
+    add_stage<Traits, decltype(count)::value, decltype(is_first)::value>(
+        rows, columns, part.row, part.column, allow_tf32, sums);
   };
   const auto add_rows = [&](auto count) {
-    if (chunk < kMapShortChunks) {
-      add(count, std::true_type{});
-    } else {
-      add(count, std::false_type{});
-    }
+    first ? add(count, std::true_type{}) : add(count, std::false_type{});
   };
   if (part.rows == Traits::kRows) {
     add_rows(std::integral_constant<int, Traits::kRows>{});
@@ -562,19 +585,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                          float* partial) {
   constexpr int kTile = Traits::kTile;
   auto& shared = dynamic_shared<MapShared<Traits>>();
-  const ChannelDotLayout& layout = params.maps.layout;
   const float scale = static_cast<float>(params.scale);
-  const float per_position = scale * scale / static_cast<float>(layout.positions);
+  const float per_position = scale * scale / static_cast<float>(params.maps.layout.positions);
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
-    const TileIndex tile = launch.tile_index(params.symmetric, block % launch.tiles);
-    const int64_t first_sample = block / launch.tiles * launch.split.length;
-    const int64_t left = layout.sample.size - first_sample;
-    const MapTask task{{tile.row * kTile, tile.column * kTile},
-                       params.symmetric && tile.row == tile.column,
-                       first_sample,
-                       static_cast<int>(left < launch.split.length ? left : launch.split.length),
-                       static_cast<int>(ceil_div(layout.positions, Traits::kDepth))};
-    const WarpPart part = warp_part<Traits>(task, layout.channel.size);
+    const MapTask task = map_task<Traits>(params, launch, block);
+    const WarpPart part = warp_part<Traits>(task);
     MapLoader<Traits> loader(params, launch, task, x_terms, y_terms, shared);
     WarpTile<Traits> sums{}, totals{};
     float self = 0;
@@ -591,13 +606,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       loader.load();
       loader.centre();
       auto& panel = shared.panel[summed.stage % kMapStages];
-      add_stage<Traits>(params, part, summed.chunk, panel[0], panel[task.diagonal ? 0 : 1], sums);
+      add_stage<Traits>(panel[0], panel[task.diagonal ? 0 : 1], part, summed.chunk == 0,
+                        params.allow_tf32, sums);
       if (summed.chunk == task.chunks - 1) {
         with_kind(params.kind, [&](auto kind) {
           add_similarities<decltype(kind)::value>(shared.terms[summed.sample % kMapStages], part,
                                                   per_position, sums, totals, self);
         });
-        sums = WarpTile<Traits>{};
       }
       summed.advance(task.chunks);
     }
