@@ -55,61 +55,85 @@ inline int64_t rows_extent(const ChannelDotLayout& layout, int64_t sample_stride
          layout.positions;
 }
 
-// How the samples are split among blocks with tiles of one size.
+// How the samples are split among blocks with tiles of one size, and a multiprocessor's time: what
+// it brings from the cache, in rows of kMapRowBytes.
 struct MapSplit {
-  int tile;
-  int64_t side, tiles;
   Split split;
-  int64_t time;  // of a multiprocessor, in stages of a block
+  double time;
 };
 
 constexpr int64_t kMultiprocessors = 132;  // fixed, so that every GPU sums in the same order
 // What a block takes beside its stages, in stages: its pipeline fills and drains once, and its sums
 // are written and read again.
-constexpr int64_t kMapBlockStages = 16;
+constexpr int64_t kMapBlockStages = 12;
 constexpr int kMapMostRounds = 8;
 
-// Of all rounds of blocks, those that take the least time, fewer first. A stage takes a block of
-// either size the same time: two blocks with small tiles share a multiprocessor, and what a stage
-// brings from the cache is in proportion to a tile's side.
-inline MapSplit split_map_samples(int tile, const MapSimilarityParams& params, int64_t stages) {
-  const int64_t samples = params.maps.layout.sample.size;
+struct MapTiles {
+  int tile;       // maps of a tile's side
+  int64_t side;   // tiles along one side of the result
+  int64_t count;  // of the result, or of its upper triangle
+};
+
+inline MapTiles map_tiles(int tile, const MapSimilarityParams& params) {
   const int64_t side = ceil_div(params.maps.layout.channel.size, tile);
-  const int64_t tiles = params.symmetric ? side * (side + 1) / 2 : side * side;
-  const int64_t at_once = kMultiprocessors * map_blocks_at_once(tile);
-  const int64_t least = ceil_div(tiles, at_once);
+  return {tile, side, params.symmetric ? side * (side + 1) / 2 : side * side};
+}
+
+// The split of least time, of those into few rounds of blocks. Tiles on the diagonal take half as
+// long as others, so that only the last round takes as long as its longest block.
+inline MapSplit split_map_samples(const MapTiles& tiles, const MapSimilarityParams& params,
+                                  int element_size) {
+  const int64_t samples = params.maps.layout.sample.size;
+  const int64_t channels = params.maps.layout.channel.size;
+  const int64_t stages = ceil_div(params.maps.layout.positions * element_size, kMapRowBytes);
+  const int64_t panels = params.symmetric ? 1 : 2;
+  const double average = static_cast<double>(panels * channels * tiles.side) / tiles.count;
+  const double most =
+      static_cast<double>(std::min<int64_t>(tiles.tile, channels) * (tiles.side > 1 ? 2 : panels));
+  const double more = static_cast<double>(kMapBlockStages * tiles.tile);
+  const int64_t at_once = kMultiprocessors * map_blocks_at_once(tiles.tile);
+  const int64_t least = ceil_div(tiles.count, at_once);
   MapSplit best{};
-  for (int64_t rounds = least; rounds < least + kMapMostRounds; ++rounds) {
-    const int64_t length = ceil_div(samples, rounds * at_once / tiles);
-    const int64_t count = ceil_div(samples, length);
-    const int64_t time =
-        ceil_div(tiles * count, at_once) * (length * stages + kMapBlockStages);
-    if (best.tile == 0 || time < best.time) best = {tile, side, tiles, {count, length}, time};
+  for (int64_t wanted = least; wanted < least + kMapMostRounds; ++wanted) {
+    const int64_t length = ceil_div(samples, std::min(wanted * at_once / tiles.count, samples));
+    const int64_t count = ceil_div(samples, length), blocks = tiles.count * count;
+    const double rows = static_cast<double>(length * stages);
+    const double earlier = static_cast<double>(ceil_div(blocks, at_once) - 1);
+    const double sharing = blocks > kMultiprocessors ? map_blocks_at_once(tiles.tile) : 1;
+    const double time = sharing * (earlier * (rows * average + more) + rows * most + more);
+    if (best.time == 0 || time < best.time) best = {{count, length}, time};
   }
   return best;
 }
 
-inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params,
-                                               int element_size) {
+inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params, int element_size,
+                                               const MapTiles& tiles, const Split& split) {
   const ChannelDotLayout& layout = params.maps.layout;
-  const int64_t stages = ceil_div(layout.positions * element_size, kMapRowBytes);
-  const MapSplit small = split_map_samples(kSmallMapTile, params, stages);
-  const MapSplit large = split_map_samples(kLargeMapTile, params, stages);
-  const MapSplit& best = large.time < small.time ? large : small;
   const MapLoads loads = map_loads(params.maps, element_size);
-  const bool packed = best.tile == kLargeMapTile && loads != MapLoads::kRows &&
-                      loads != MapLoads::kChannelsLast;
-  const int64_t blocks = best.tiles * best.split.count;
-  return {best.tile,
+  const bool packed =
+      tiles.tile == kLargeMapTile && loads != MapLoads::kRows && loads != MapLoads::kChannelsLast;
+  const int64_t blocks = tiles.count * split.count;
+  return {tiles.tile,
           packed ? MapLoads::kRows : loads,
           packed,
           {rows_extent(layout, layout.sample.x_stride, layout.channel.x_stride),
            rows_extent(layout, layout.sample.g_stride, layout.channel.g_stride)},
-          best.side,
-          best.tiles,
-          best.split,
+          tiles.side,
+          tiles.count,
+          split,
           blocks,
           grid_size(blocks)};
+}
+
+// With the tiles that take less time.
+inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params,
+                                               int element_size) {
+  const MapTiles small = map_tiles(kSmallMapTile, params), large = map_tiles(kLargeMapTile, params);
+  const MapSplit split = split_map_samples(small, params, element_size);
+  const MapSplit large_split = split_map_samples(large, params, element_size);
+  return large_split.time < split.time
+             ? plan_map_similarity(params, element_size, large, large_split.split)
+             : plan_map_similarity(params, element_size, small, split.split);
 }
 
 // The length of a packed map.

@@ -51,8 +51,8 @@ void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStr
   std::optional<Tensor> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(x, params, left_side(params), x_terms, stream);
-    y_maps = params.symmetric ? x_maps
-                              : centred_maps<T>(x, params, right_side(params), y_terms, stream);
+    y_maps =
+        params.symmetric ? x_maps : centred_maps<T>(x, params, right_side(params), y_terms, stream);
     params = packed_maps(params, x_maps->const_data_ptr(), y_maps->const_data_ptr(), sizeof(T));
   }
   Tensor partial = torch::stable::new_empty(out, {launch.blocks, launch.tile, launch.tile});

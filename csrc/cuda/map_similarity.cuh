@@ -53,8 +53,8 @@ struct MapShared {
 };
 
 // Where unit `unit` of row `row` lies in a panel: mixed so that the eight rows that a warp reads at
-// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further the
-// mixture is the same, so that what is added to the row in multiples of eight is added to the
+// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further
+// the mixture is the same, so that what is added to the row in multiples of eight is added to the
 // address (row_bytes).
 template <class Traits>
 __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int row, int unit) {
@@ -144,8 +144,7 @@ class MapLoader {
       next_[panel] = static_cast<const T*>(from.data) + sample_offset(panel, 0) +
                      map_of(0) * from.stride(layout.channel) + position_of(0) * step;
       chunk_step_[panel] = Traits::kDepth * step;
-      sample_step_[panel] =
-          from.stride(layout.sample) - (task.chunks - 1) * chunk_step_[panel];
+      sample_step_[panel] = from.stride(layout.sample) - (task.chunks - 1) * chunk_step_[panel];
     }
   }
 
@@ -228,9 +227,8 @@ class MapLoader {
   }
   // The thread's i-th unit.
   __device__ __forceinline__ T* unit_of(int panel, const MapCursor& at, int i) const {
-    return reinterpret_cast<T*>(
-        unit_address<Traits>(panel_of(panel, at), first_row(), unit()) +
-        row_bytes<Traits>(i * Traits::kRowStep));
+    return reinterpret_cast<T*>(unit_address<Traits>(panel_of(panel, at), first_row(), unit()) +
+                                row_bytes<Traits>(i * Traits::kRowStep));
   }
 
   __device__ __forceinline__ void load_terms() const {
@@ -289,9 +287,9 @@ class MapLoader {
     const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
     const T* maps = static_cast<const T*>(from.data) + sample_offset(panel, loaded_.sample);
-    const MapTerms<float>* terms =
-        all_terms_[panel] + (task_.first_sample + loaded_.sample) * layout.channel.size +
-        task_.first_map[panel];
+    const MapTerms<float>* terms = all_terms_[panel] +
+                                   (task_.first_sample + loaded_.sample) * layout.channel.size +
+                                   task_.first_map[panel];
     unsigned char* to = panel_of(panel, loaded_);
 #pragma unroll 4
     for (int i = threadIdx.x; i < Traits::kTile * Traits::kDepth; i += Traits::kThreads) {
@@ -316,7 +314,8 @@ class MapLoader {
       if (panel == 1 && task_.diagonal) break;
 #pragma unroll
       for (int i = 0; i < kMaps; ++i)
-        any |= terms_of(panel, centred_)[Traits::kByPosition ? map_of(0) + i : map_of(i)].shift != 0;
+        any |=
+            terms_of(panel, centred_)[Traits::kByPosition ? map_of(0) + i : map_of(i)].shift != 0;
     }
     return any;
   }
@@ -421,8 +420,8 @@ __device__ __forceinline__ void load_columns(unsigned char* panel, int first, in
     load_matrices(both, unit_address<Traits>(panel + row_bytes<Traits>(first + map),
                                              lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
   } else if constexpr (sizeof(typename Traits::T) == 2) {
-    load_matrices_transposed(both, unit_address<Traits>(panel, 16 * step + lane % 16,
-                                                        (first + map) / 8 + lane / 16));
+    load_matrices_transposed(
+        both, unit_address<Traits>(panel, 16 * step + lane % 16, (first + map) / 8 + lane / 16));
   } else {
 #pragma unroll
     for (int r = 0; r < 4; ++r)
@@ -488,8 +487,7 @@ __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* co
   for (int r = 0; r < kRows; ++r) {
     uint32_t a[kSteps][4], small_a[kSteps][4];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      load_rows<Traits>(rows, row, 16 * r, step, a[step]);
+    for (int step = 0; step < kSteps; ++step) load_rows<Traits>(rows, row, 16 * r, step, a[step]);
     if constexpr (kPairs) split_fragments(a, small_a);
     float own[kColumns][4] = {};
 #pragma unroll
@@ -680,9 +678,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 // shared by the launcher and the emulator's tests.
 template <class T, class Use>
 void with_map_similarity_kernel(const MapSimilarityLaunch& launch, Use use) {
-  const auto with = [&](auto traits) {
-    use(map_similarity_tiles<decltype(traits)>, traits);
-  };
+  const auto with = [&](auto traits) { use(map_similarity_tiles<decltype(traits)>, traits); };
   const bool large = launch.tile == kLargeMapTile;
   switch (launch.loads) {
     case MapLoads::kRows:

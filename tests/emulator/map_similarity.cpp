@@ -34,18 +34,26 @@ std::vector<T> centred_maps(const MapSimilarityParams& params, ccp::MapSide side
   return maps;
 }
 
+// By the launch arithmetic, or with large tiles and the samples in `large_parts` parts.
+template <class T>
+ccp::MapSimilarityLaunch plan(const MapSimilarityParams& params, int large_parts) {
+  if (large_parts == 0) return ccp::plan_map_similarity(params, sizeof(T));
+  const int64_t samples = params.maps.layout.sample.size;
+  return ccp::plan_map_similarity(params, sizeof(T), ccp::map_tiles(ccp::kLargeMapTile, params),
+                                  {large_parts, ccp::ceil_div(samples, large_parts)});
+}
+
 // What the launcher does, with emulated launches.
 template <class T>
-void run(MapSimilarityParams params, unsigned seed) {
+void run(MapSimilarityParams params, int large_parts, unsigned seed) {
   const auto x_terms = moments<T>(params, ccp::left_side(params), seed);
   const auto y_terms =
       params.symmetric ? x_terms : moments<T>(params, ccp::right_side(params), seed);
-  const ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, sizeof(T));
+  const ccp::MapSimilarityLaunch launch = plan<T>(params, large_parts);
   std::vector<T> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(params, ccp::left_side(params), x_terms, seed);
-    if (!params.symmetric)
-      y_maps = centred_maps<T>(params, ccp::right_side(params), y_terms, seed);
+    if (!params.symmetric) y_maps = centred_maps<T>(params, ccp::right_side(params), y_terms, seed);
     params = ccp::packed_maps(params, x_maps.data(),
                               params.symmetric ? x_maps.data() : y_maps.data(), sizeof(T));
   }
@@ -60,10 +68,57 @@ void run(MapSimilarityParams params, unsigned seed) {
 }
 
 template <class T>
-void check(const MapCase& test, int schedules) {
-  for (int seed = 0; seed < schedules; ++seed)
-    testing::check_map_similarity<T, float>(
-        test, 2e-6, [&](const MapSimilarityParams& params) { run<T>(params, seed); });
+void check(const MapCase& test, int large_parts, unsigned seed) {
+  testing::check_map_similarity<T, float>(
+      test, 2e-6, [&](const MapSimilarityParams& params) { run<T>(params, large_parts, seed); });
+}
+
+void check_all(const MapCase& test, int large_parts, unsigned seed) {
+  check<float>(test, large_parts, seed);
+  check<ccp::BFloat16>(test, large_parts, seed);
+#ifdef EMU_ALL_DTYPES
+  check<ccp::Half>(test, large_parts, seed);
+#endif
+}
+
+struct LargeCase {
+  MapCase test;
+  int parts;
+};
+
+std::vector<LargeCase> large_cases() {
+  using ccp::SimilarityKind;
+  const auto ssim = SimilarityKind::kSsim, mse = SimilarityKind::kMse;
+  const auto psnr = SimilarityKind::kPsnr, cosine = SimilarityKind::kCosine;
+  const auto pearson = SimilarityKind::kPearson;
+  return {
+      {{"large tiles, rows", {1, 130, 8, 8}, {8320, 64, 8, 1}, {8320, 64, 8, 1}, true, ssim}, 1},
+      {{"large tiles, odd rows", {2, 130, 7, 7}, {6370, 49, 7, 1}, {6370, 49, 7, 1}, true, pearson},
+       2},
+      {{"large tiles, single numbers", {3, 257}, {257, 1}, {257, 1}, true, mse}, 2},
+      {{"large tiles, channels last", {2, 136, 9}, {1224, 1, 136}, {1224, 1, 136}, true, mse}, 1},
+      {{"large tiles, odd channels last", {1, 67, 9}, {603, 1, 67}, {603, 1, 67}, true, cosine}, 1},
+      {{"large tiles, rows against slices", {2, 70, 16}, {1120, 16, 1}, {1330, 19, 1}, false, ssim},
+       1},
+      {{"large tiles, channels last against channels last",
+        {1, 72, 37},
+        {2664, 1, 72},
+        {2960, 1, 80},
+        false,
+        cosine},
+       1},
+      {{"large tiles, constant maps",
+        {3, 80, 16},
+        {1280, 16, 1},
+        {1280, 16, 1},
+        true,
+        pearson,
+        100,
+        2},
+       1},
+      {{"large tiles, more samples than stages", {11, 66, 8}, {528, 8, 1}, {528, 8, 1}, true, psnr},
+       3},
+  };
 }
 
 }  // namespace
@@ -71,12 +126,15 @@ void check(const MapCase& test, int schedules) {
 int main(int argc, char** argv) {
   const int schedules = std::stoi(argv[1]);
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
-  for (const MapCase& test : testing::map_similarity_cases()) {
-    check<float>(test, schedules);
-    check<ccp::BFloat16>(test, schedules);
-#ifdef EMU_ALL_DTYPES
-    check<ccp::Half>(test, schedules);
-#endif
-  }
+  for (int seed = 0; seed < schedules; ++seed)
+    for (const MapCase& test : testing::map_similarity_cases()) check_all(test, 0, seed);
+  for (const LargeCase& large : large_cases()) check_all(large.test, large.parts, schedules - 1);
+  check<ccp::BFloat16>({"large tiles, 28x28 maps",
+                        {1, 65, 784},
+                        {50960, 784, 1},
+                        {50960, 784, 1},
+                        true,
+                        ccp::SimilarityKind::kSsim},
+                       1, schedules - 1);
   return testing::report();
 }
