@@ -238,11 +238,15 @@ __global__ void __launch_bounds__(kBlockThreads, kRowMomentsBlocks<T>)
     const DivMod task = div_mod(block, launch.tasks);
     const int64_t channel = task.remainder * kGroups + threadIdx.x / kThreads;
     const PartRange range(launch, task.quotient, launch.rows.all_chunks);
-    RowMoments<T, kUnit, kThreads> thread(params, launch.rows, channel, range.begin);
     int64_t left = channel < channels ? range.end - range.begin : 0;
-    for (; left >= kMomentLoads; left -= kMomentLoads) thread.template add_next<kMomentLoads>();
-    for (; left > 0; --left) thread.template add_next<1>();
-    const Moments moments = group_moments<kThreads>(thread.moments());
+    Moments mine;
+    if (left > 0) {  // without rows their place is undefined
+      RowMoments<T, kUnit, kThreads> thread(params, launch.rows, channel, range.begin);
+      for (; left >= kMomentLoads; left -= kMomentLoads) thread.template add_next<kMomentLoads>();
+      for (; left > 0; --left) thread.template add_next<1>();
+      mine = thread.moments();
+    }
+    const Moments moments = group_moments<kThreads>(mine);
     if (threadIdx.x % kThreads == 0 && channel < channels)
       moments.write(parts + task.quotient * kMomentRows * channels, channels, channel);
   }

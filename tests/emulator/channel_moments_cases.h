@@ -41,6 +41,7 @@ inline std::vector<MomentsCase> channel_moments_cases() {
       {"cropped", {2, 3, 5, 6}, {210, 70, 10, 1}, 1},
       {"cropped channels last", {2, 8, 5, 6}, {560, 1, 80, 8}, 1},
       {"no two neighbours", {4, 3, 9}, {108, 36, 4}, 1},
+      {"no rows", {3, 5, 0, 4}, {210, 70, 10, 1}, 1},
   };
 }
 
@@ -48,6 +49,7 @@ template <class T>
 ccp::Moments moments_reference(const MomentsCase& test, const T* x, int64_t channel) {
   std::vector<int64_t> index(test.sizes.size());
   ccp::Moments moments;
+  if (std::count(test.sizes.begin(), test.sizes.end(), 0) > 0) return moments;
   long double sum = 0, square_sum = 0;
   for (;;) {
     int64_t offset = channel * test.strides[test.channel_dim];
