@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/gram_launch.h"
+#include "csrc/cuda/map_launch.h"
 #include "csrc/cuda/moments_launch.h"
 #include "csrc/cuda/patch_launch.h"
 #include "csrc/patch_pieces.h"
@@ -350,9 +351,90 @@ void test_maps_in_place() {
          ccp::packed_maps(source, 3, 2, data).sample_stride == 35 * 3 * 64);
 }
 
+alignas(16) uint16_t map_data[64];
+
+ccp::MapSimilarityParams similarity_of_maps(int64_t samples, int64_t channels, int64_t positions,
+                                            bool symmetric = true, bool channels_last = false) {
+  const Sizes strides = channels_last ? Sizes{channels * positions, 1, channels}
+                                      : Sizes{channels * positions, positions, 1};
+  ccp::MapSimilarityParams params{};
+  params.maps = {map_data, map_data, nullptr,
+                 layout_of({samples, channels, positions}, strides, strides)};
+  params.symmetric = symmetric;
+  return params;
+}
+
+ccp::MapSimilarityLaunch plan_maps(const ccp::MapSimilarityParams& params) {
+  return ccp::plan_map_similarity(params, sizeof(uint16_t));
+}
+
+void test_map_tiles() {
+  const auto tile = [](int64_t samples, int64_t channels, int64_t positions,
+                       bool symmetric = true) {
+    return plan_maps(similarity_of_maps(samples, channels, positions, symmetric)).tile;
+  };
+  for (const int64_t positions : {1, 49, 196, 784, 3136}) {
+    for (const bool symmetric : {true, false}) {
+      const std::string name = ", maps of " + std::to_string(positions);
+      expect(
+          "small tiles for up to 64 channels" + name,
+          tile(256, 16, positions, symmetric) == 64 && tile(256, 64, positions, symmetric) == 64);
+      for (const int64_t channels : {96, 128, 256, 257, 512, 1024, 2048})
+        expect("large tiles for " + std::to_string(channels) + " channels" + name,
+               tile(256, channels, positions, symmetric) == 128);
+    }
+  }
+  expect("small tiles where large ones would leave multiprocessors idle",
+         tile(8, 256, 784) == 64 && tile(1, 1024, 784) == 64);
+}
+
+void test_map_split() {
+  for (const int64_t samples : {1, 2, 37, 256, 1000}) {
+    for (const int64_t channels : {1, 64, 130, 512, 2048}) {
+      for (const int64_t positions : {1, 49, 784}) {
+        const ccp::MapSimilarityLaunch launch =
+            plan_maps(similarity_of_maps(samples, channels, positions));
+        const ccp::Split& split = launch.split;
+        const std::string name = "split of " + std::to_string(samples) + " samples of " +
+                                 std::to_string(channels) + "x" + std::to_string(positions);
+        expect(name + " covers", split.count * split.length >= samples);
+        expect(name + " has no empty part", (split.count - 1) * split.length < samples);
+        expect(name + ": every tile of every part has a block",
+               launch.blocks == launch.tiles * split.count);
+      }
+    }
+  }
+  const auto rounds = [](const ccp::MapSimilarityLaunch& launch) {
+    return static_cast<double>(launch.blocks) / (132 * ccp::map_blocks_at_once(launch.tile));
+  };
+  for (const int64_t channels : {64, 128, 256, 512, 1024, 2048}) {
+    const double filled = rounds(plan_maps(similarity_of_maps(256, channels, 784)));
+    expect("the last round is nearly full, " + std::to_string(channels) + " channels",
+           filled / std::ceil(filled) > 0.9);
+  }
+}
+
+void test_map_loads() {
+  using ccp::MapLoads;
+  const ccp::MapSimilarityLaunch whole = plan_maps(similarity_of_maps(256, 256, 784));
+  expect("aligned rows are read where they are", whole.loads == MapLoads::kRows && !whole.packed);
+  const ccp::MapSimilarityLaunch last = plan_maps(similarity_of_maps(256, 256, 49, true, true));
+  expect("and so are channels last", last.loads == MapLoads::kChannelsLast && !last.packed);
+  const ccp::MapSimilarityLaunch few = plan_maps(similarity_of_maps(256, 64, 49));
+  expect("small tiles read odd rows", few.loads == MapLoads::kUnalignedRows && !few.packed);
+  const ccp::MapSimilarityParams odd = similarity_of_maps(256, 256, 49);
+  const ccp::MapSimilarityLaunch packed = plan_maps(odd);
+  expect("large tiles have them packed", packed.loads == MapLoads::kRows && packed.packed);
+  const ccp::ChannelDotLayout layout = ccp::packed_maps(odd, map_data, map_data, 2).maps.layout;
+  expect("into whole units", layout.channel.x_stride == 56 && layout.sample.g_stride == 256 * 56);
+}
+
 }  // namespace
 
 int main() {
+  test_map_tiles();
+  test_map_split();
+  test_map_loads();
   test_correlations();
   test_maps_in_place();
   test_pieces_of_an_axis();
