@@ -31,6 +31,8 @@ LAYOUTS = [
     reversed_dims,
 ]
 SHAPES = [(40, 10), (3, 5, 7), (2, 13, 7, 7), (3, 72, 8, 8), (5, 33, 4, 15), (2, 3, 4, 5, 6)]
+# Of which a GPU compares tiles of 128x128 maps: aligned, odd and packed ones.
+LARGE = [(64, 96, 7, 7), (96, 257, 6, 6), (48, 130, 28, 28)]
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -181,14 +183,15 @@ def test_equal_maps_of_different_channels_are_as_similar_as_they_can_be(device: 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, misaligned])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 8), (64, 96, 5, 8)])
 def test_nan_and_infinity_reach_their_row_and_column_only(
-    layout: Maker, bad: float, kind: str, device: str
+    shape: tuple[int, ...], layout: Maker, bad: float, kind: str, device: str
 ) -> None:
-    x = layout((2, 6, 5, 8))
+    x = layout(shape)
     x[1, 2, 3, 4] = bad
     d = ops.map_similarity(x.to(device), kind)
     assert d[2].isnan().all() and d[:, 2].isnan().all()
-    others = [0, 1, 3, 4, 5]
+    others = [channel for channel in range(shape[1]) if channel != 2]
     assert d[others][:, others].isfinite().all()
 
 
@@ -204,7 +207,7 @@ def test_no_channels_give_an_empty_result(device: str) -> None:
 
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
-@pytest.mark.parametrize("shape", [(70, 5, 7, 7), (2, 130, 4, 4)])
+@pytest.mark.parametrize("shape", [(70, 5, 7, 7), (2, 130, 4, 4), (64, 96, 3, 3)])
 def test_every_output_and_every_partial_result_is_written(
     layout: Maker, shape: tuple[int, ...], device: str
 ) -> None:
@@ -215,7 +218,7 @@ def test_every_output_and_every_partial_result_is_written(
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
-@pytest.mark.parametrize("shape", [(100, 5, 7, 7), (3, 70, 20, 30)])
+@pytest.mark.parametrize("shape", [(100, 5, 7, 7), (3, 70, 20, 30), (64, 96, 7, 7)])
 def test_every_run_gives_equal_bits(layout: Maker, shape: tuple[int, ...], device: str) -> None:
     x = converted(layout(shape), torch.float32, device)
     assert torch.equal(ops.map_similarity(x), ops.map_similarity(x))
@@ -238,6 +241,40 @@ def test_nothing_outside_a_view_is_used(layout: Maker, device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [contiguous, channels_last, cropped, misaligned])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_tiles_match_float64_reference(
+    dtype: torch.dtype, layout: Maker, kind: str, cuda: str
+) -> None:
+    for shape in LARGE:
+        x, y = (converted(layout(shape), dtype, cuda) for _ in range(2))
+        assert_close_to_reference(ops.map_similarity(x, kind), x, kind)
+        assert_close_to_reference(ops.map_similarity(x, kind, y), x, kind, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_large_tiles_of_maps_with_a_large_mean(layout: Maker, cuda: str) -> None:
+    for half in (torch.bfloat16, torch.float16):
+        for shape in LARGE:
+            x = converted(layout(shape) + 30, half, cuda)
+            assert_close_to_reference(ops.map_similarity(x, "pearson"), x, "pearson")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [contiguous, channels_last, misaligned])
+def test_large_tiles_are_symmetric_to_the_bit_with_an_exact_diagonal(
+    layout: Maker, cuda: str
+) -> None:
+    for shape in LARGE:
+        for kind in KINDS:
+            d = ops.map_similarity(converted(layout(shape), torch.bfloat16, cuda), kind)
+            assert torch.equal(d, d.T)
+            assert (d.diagonal() == SAME[kind]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 def test_gpu_and_cpu_agree(layout: Maker, kind: str, cuda: str) -> None:
     for shape in [*SHAPES, (4, 160, 28, 28)]:
@@ -247,8 +284,9 @@ def test_gpu_and_cpu_agree(layout: Maker, kind: str, cuda: str) -> None:
 
 
 @pytest.mark.gpu
-def test_tf32_is_used_only_where_allowed(cuda: str) -> None:
-    x = torch.randn(3, 64, 28, 28, device=cuda)
+@pytest.mark.parametrize("shape", [(3, 64, 28, 28), (64, 96, 28, 28)])
+def test_tf32_is_used_only_where_allowed(shape: tuple[int, ...], cuda: str) -> None:
+    x = torch.randn(shape, device=cuda)
     expected = reference.map_similarity(x, "pearson")
     exact = (ops.map_similarity(x, "pearson") - expected).abs().max()
     rounded = (ops.map_similarity(x, "pearson", allow_tf32=True) - expected).abs().max()
@@ -263,7 +301,7 @@ def test_float64_on_a_gpu_is_refused(cuda: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 8, 16, 16), (200, 70, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 8, 16, 16), (200, 70, 8, 8), (64, 96, 7, 7)])
 def test_a_captured_graph_replays_with_new_values(shape: tuple[int, ...], cuda: str) -> None:
     x = torch.randn(shape, device=cuda)
     ops.map_similarity(x)

@@ -168,23 +168,21 @@ class MapLoader {
     loaded_.advance(task_.chunks);
   }
 
-  // Centres what this thread loaded of the stage that arrived next.
-  __device__ __forceinline__ void centre() {
+  // Centres what this thread loaded of a stage, one after the other.
+  __device__ __forceinline__ void centre(const MapCursor& at) {
     if constexpr (Traits::kLoads != MapLoads::kStrided) {
-      if (centred_.sample < task_.samples && !launch_.packed) {
-        if (centred_.chunk == 0) shifted_ = any_shift();
+      if (at.sample >= task_.samples || launch_.packed) return;
+      if (at.chunk == 0) shifted_ = any_shift(at);
 #pragma unroll
-        for (int panel = 0; panel < 2; ++panel) {
-          if (panel == 1 && task_.diagonal) break;
-          if constexpr (Traits::kUnaligned) {
-            straighten(panel);
-          } else if (shifted_) {
-            centre_units(panel);
-          }
+      for (int panel = 0; panel < 2; ++panel) {
+        if (panel == 1 && task_.diagonal) break;
+        if constexpr (Traits::kUnaligned) {
+          straighten(panel, at);
+        } else if (shifted_) {
+          centre_units(panel, at);
         }
       }
     }
-    centred_.advance(task_.chunks);
   }
 
  private:
@@ -306,7 +304,7 @@ class MapLoader {
   }
 
   // Whether any map of which this thread loads units is to be shifted.
-  __device__ __forceinline__ bool any_shift() const {
+  __device__ __forceinline__ bool any_shift(const MapCursor& at) const {
     constexpr int kMaps = Traits::kByPosition ? kUnit : Traits::kUnitsPerThread;
     bool any = false;
 #pragma unroll
@@ -314,8 +312,7 @@ class MapLoader {
       if (panel == 1 && task_.diagonal) break;
 #pragma unroll
       for (int i = 0; i < kMaps; ++i)
-        any |=
-            terms_of(panel, centred_)[Traits::kByPosition ? map_of(0) + i : map_of(i)].shift != 0;
+        any |= terms_of(panel, at)[Traits::kByPosition ? map_of(0) + i : map_of(i)].shift != 0;
     }
     return any;
   }
@@ -331,37 +328,36 @@ class MapLoader {
   }
 
   // What lies outside the maps stays zero, as do the terms of maps outside the panel.
-  __device__ __forceinline__ void centre_units(int panel) const {
+  __device__ __forceinline__ void centre_units(int panel, const MapCursor& at) const {
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      if (position_of(i) >= positions(centred_)) continue;
-      T* address = unit_of(panel, centred_, i);
-      store_unit(centred(load_unit<T, kUnit>(address), terms_of(panel, centred_) + map_of(i)),
-                 address);
+      if (position_of(i) >= positions(at)) continue;
+      T* address = unit_of(panel, at, i);
+      store_unit(centred(load_unit<T, kUnit>(address), terms_of(panel, at) + map_of(i)), address);
     }
   }
 
   // Moves every row to the beginning of its units, centres it, and writes zeros behind its end. The
   // threads of a row are of one warp.
-  __device__ __forceinline__ void straighten(int panel) const {
-    const int64_t maps = sample_offset(panel, centred_.sample);
+  __device__ __forceinline__ void straighten(int panel, const MapCursor& at) const {
+    const int64_t maps = sample_offset(panel, at.sample);
     const int64_t stride = side(panel).stride(params_.maps.layout.channel);
-    const MapTerms<float>* terms = terms_of(panel, centred_);
+    const MapTerms<float>* terms = terms_of(panel, at);
     Values straight[Traits::kUnitsPerThread];
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const T* address = unit_of(panel, centred_, i);
+      const T* address = unit_of(panel, at, i);
       const int first = static_cast<unsigned>(maps + map_of(i) * stride) % kUnit;
       Values moved =
           elements_from(first, load_unit<T, kUnit>(address), load_unit<T, kUnit>(address + kUnit));
       if (shifted_) moved = centred(moved, terms + map_of(i));
-      const int left = map_of(i) < task_.maps[panel] ? positions(centred_) - position_of(i) : 0;
+      const int left = map_of(i) < task_.maps[panel] ? positions(at) - position_of(i) : 0;
       straight[i] = zero_outside(moved, unit_mask<T, kUnit>(bits_within<kUnit>(0, 0, left)));
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i)
-      store_unit(straight[i], unit_of(panel, centred_, i));
+      store_unit(straight[i], unit_of(panel, at, i));
   }
 
   const MapSimilarityParams& params_;
@@ -369,8 +365,8 @@ class MapLoader {
   const MapTask& task_;
   const MapTerms<float>* const all_terms_[2];
   MapShared<Traits>& shared_;
-  MapCursor loaded_, centred_;
-  bool shifted_ = false;  // of the sample that is centred
+  MapCursor loaded_;
+  bool shifted_ = false;  // whether any map of the sample that is centred is
   // Where the thread's first unit of the next stage lies, and from there to that of the next stage.
   const T* next_[2];
   int64_t chunk_step_[2], sample_step_[2];
@@ -596,13 +592,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     for (int stage = 0; stage < kMapStages - 1; ++stage) loader.load();
     wait_for_copies<kMapStages - 2>();
     __syncthreads();
-    loader.centre();
+    loader.centre(summed);
     while (summed.sample < task.samples) {
       // The next stage has arrived; this one was centred in the last turn.
       wait_for_copies<kMapStages - 3>();
       __syncthreads();
+      MapCursor next = summed;
+      next.advance(task.chunks);
       loader.load();
-      loader.centre();
+      loader.centre(next);
       auto& panel = shared.panel[summed.stage % kMapStages];
       add_stage<Traits>(panel[0], panel[task.diagonal ? 0 : 1], part, summed.chunk == 0,
                         params.allow_tf32, sums);
@@ -612,7 +610,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                                                   per_position, sums, totals, self);
         });
       }
-      summed.advance(task.chunks);
+      summed = next;
     }
     float* out = partial + block * (kTile * kTile);
     for_each_element(totals, part, [&](float total, int, int, int, int m, int n) {

@@ -384,6 +384,10 @@ void test_map_tiles() {
                tile(256, channels, positions, symmetric) == 128);
     }
   }
+  for (const Sizes& shape : {Sizes{64, 96, 49}, Sizes{96, 257, 36}, Sizes{48, 130, 784}})
+    for (const bool symmetric : {true, false})
+      expect("large tiles where the GPU's tests expect them",
+             tile(shape[0], shape[1], shape[2], symmetric) == 128);
   expect("small tiles where large ones would leave multiprocessors idle",
          tile(8, 256, 784) == 64 && tile(1, 1024, 784) == 64);
 }

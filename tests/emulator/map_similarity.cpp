@@ -121,11 +121,40 @@ std::vector<LargeCase> large_cases() {
   };
 }
 
+template <class Traits>
+void check_banks() {
+  alignas(128) static unsigned char
+      panel[ccp::row_bytes<Traits>(Traits::kByPosition ? Traits::kDepth : Traits::kTile)];
+  const auto at = [](int row, int unit) { return ccp::unit_address<Traits>(panel, row, unit); };
+  for (int thread = 0; thread < Traits::kThreads; thread += 8)
+    testing::expect("copies meet no bank twice", testing::on_all_banks([&](unsigned lane) {
+                      const int index = thread + static_cast<int>(lane);
+                      return at(index / Traits::kLoadedUnits, index % Traits::kLoadedUnits);
+                    }));
+  // Eight rows of one unit, or four positions of two units of float32.
+  constexpr int kRows = Traits::kByPosition && sizeof(typename Traits::T) == 4 ? 4 : 8;
+  for (int unit = 0; unit < Traits::kLoadedUnits; unit += 8 / kRows)
+    testing::expect("fragments meet no bank twice", testing::on_all_banks([&](unsigned lane) {
+                      return at(lane % kRows, unit + static_cast<int>(lane) / kRows);
+                    }));
+}
+
+template <class T>
+void check_banks_of() {
+  using ccp::MapLoads, ccp::MapTraits;
+  check_banks<MapTraits<T, MapLoads::kRows, ccp::kSmallMapTile>>();
+  check_banks<MapTraits<T, MapLoads::kRows, ccp::kLargeMapTile>>();
+  check_banks<MapTraits<T, MapLoads::kChannelsLast, ccp::kSmallMapTile>>();
+  check_banks<MapTraits<T, MapLoads::kChannelsLast, ccp::kLargeMapTile>>();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int schedules = std::stoi(argv[1]);
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
+  check_banks_of<float>();
+  check_banks_of<ccp::BFloat16>();
   for (int seed = 0; seed < schedules; ++seed)
     for (const MapCase& test : testing::map_similarity_cases()) check_all(test, 0, seed);
   for (const LargeCase& large : large_cases()) check_all(large.test, large.parts, schedules - 1);

@@ -69,15 +69,6 @@ void check(const PatchCase& test, int schedules) {
     PatchTest<T>(test, channels_last).template check<float>(schedules, run<T>);
 }
 
-// Whether eight lanes, of 16 bytes each, meet every memory bank once.
-template <class Place>
-bool on_all_banks(Place place) {
-  unsigned met = 0;
-  for (unsigned lane = 0; lane < 8; ++lane)
-    met |= 1u << reinterpret_cast<uintptr_t>(place(lane)) / 16 % 8;
-  return met == 0xff;
-}
-
 template <class Traits>
 void check_banks() {
   alignas(128) static unsigned char panel[Traits::kDepth * Traits::kRowUnits * 16];
@@ -86,7 +77,7 @@ void check_banks() {
   };
   for (unsigned thread = 0; thread < Traits::kThreads; thread += 8)
     for (unsigned unit = 0; unit < Traits::kRowUnits; unit += Traits::kLanes)
-      testing::expect("copies meet no bank twice", on_all_banks([&](unsigned lane) {
+      testing::expect("copies meet no bank twice", testing::on_all_banks([&](unsigned lane) {
                         return at((thread + lane) / Traits::kLanes,
                                   (thread + lane) % Traits::kLanes + unit);
                       }));
@@ -94,7 +85,7 @@ void check_banks() {
   constexpr unsigned kRows = sizeof(typename Traits::T) == 2 ? 8 : 4;
   for (unsigned row = 0; row < Traits::kDepth; row += kRows)
     for (unsigned unit = 0; unit < Traits::kRowUnits; unit += 8 / kRows)
-      testing::expect("fragments meet no bank twice", on_all_banks([&](unsigned lane) {
+      testing::expect("fragments meet no bank twice", testing::on_all_banks([&](unsigned lane) {
                         return at(row + lane % kRows, unit + lane / kRows);
                       }));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <limits>
 #include <random>
@@ -55,6 +56,15 @@ inline void expect(const std::string& name, bool condition) {
   if (condition) return;
   ++failures;
   std::printf("%s\n", name.c_str());
+}
+
+// Whether eight lanes, of 16 bytes each, meet every memory bank once.
+template <class Place>
+bool on_all_banks(Place place) {
+  unsigned met = 0;
+  for (unsigned lane = 0; lane < 8; ++lane)
+    met |= 1u << reinterpret_cast<uintptr_t>(place(lane)) / 16 % 8;
+  return met == 0xff;
 }
 
 inline int report() {
