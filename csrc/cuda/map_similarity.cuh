@@ -78,9 +78,8 @@ __device__ __forceinline__ constexpr int row_bytes(int rows) {
 
 // The tile of a block and its share of the samples.
 struct MapTask {
-  int64_t first_map[2];  // of the rows, of the columns
-  int maps[2];
-  bool diagonal;  // rows and columns are the same maps
+  int first_map[2], maps[2];  // of the rows, of the columns
+  bool diagonal;              // rows and columns are the same maps
   int64_t first_sample;
   int samples;
   int chunks;          // stages of a sample
@@ -98,7 +97,7 @@ __device__ __forceinline__ MapTask map_task(const MapSimilarityParams& params,
   const int64_t row = tile.row * Traits::kTile, column = tile.column * Traits::kTile;
   const int64_t first = block / launch.tiles * launch.split.length;
   const int64_t chunks = ceil_div(layout.positions, Traits::kDepth);
-  return {{row, column},
+  return {{static_cast<int>(row), static_cast<int>(column)},
           {at_most(layout.channel.size - row, Traits::kTile),
            at_most(layout.channel.size - column, Traits::kTile)},
           params.symmetric && tile.row == tile.column,
@@ -140,11 +139,9 @@ class MapLoader {
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel) {
       const MapSide from = side(panel);
-      const int64_t step = Traits::kByPosition ? from.stride(layout.position[0]) : 1;
       next_[panel] = static_cast<const T*>(from.data) + sample_offset(panel, 0) +
-                     map_of(0) * from.stride(layout.channel) + position_of(0) * step;
-      chunk_step_[panel] = Traits::kDepth * step;
-      sample_step_[panel] = from.stride(layout.sample) - (task.chunks - 1) * chunk_step_[panel];
+                     map_of(0) * from.stride(layout.channel) +
+                     position_of(0) * position_stride(panel);
     }
   }
 
@@ -209,6 +206,10 @@ class MapLoader {
     return panel == 0 ? left_side(params_) : right_side(params_);
   }
 
+  __device__ __forceinline__ int64_t position_stride(int panel) const {
+    return Traits::kByPosition ? side(panel).stride(params_.maps.layout.position[0]) : 1;
+  }
+
   // Where a sample's maps begin, in elements.
   __device__ __forceinline__ int64_t sample_offset(int panel, int sample) const {
     const ChannelDotLayout& layout = params_.maps.layout;
@@ -252,8 +253,10 @@ class MapLoader {
     for (int i = 0; i < Traits::kUnitsPerThread; ++i)
       copy_async<16>(unit_of(panel, loaded_, i), next_[panel] + i * step,
                      i * Traits::kRowStep < rows_left);
-    const bool last = loaded_.chunk == task_.chunks - 1;
-    next_[panel] += last ? sample_step_[panel] : chunk_step_[panel];
+    const int64_t stage = Traits::kDepth * position_stride(panel);
+    next_[panel] += stage;
+    if (loaded_.chunk == task_.chunks - 1)
+      next_[panel] += from.stride(layout.sample) - task_.chunks * stage;
   }
 
   // From the boundary of 16 bytes at or before each row's beginning on.
@@ -367,9 +370,7 @@ class MapLoader {
   MapShared<Traits>& shared_;
   MapCursor loaded_;
   bool shifted_ = false;  // whether any map of the sample that is centred is
-  // Where the thread's first unit of the next stage lies, and from there to that of the next stage.
-  const T* next_[2];
-  int64_t chunk_step_[2], sample_step_[2];
+  const T* next_[2];      // where the thread's first unit of the next stage lies
 };
 
 // One warp's sums: element i of fragment [r][c] is as mma.cuh says.
@@ -481,16 +482,16 @@ __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* co
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    uint32_t a[kSteps][4], small_a[kSteps][4];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_rows<Traits>(rows, row, 16 * r, step, a[step]);
-    if constexpr (kPairs) split_fragments(a, small_a);
     float own[kColumns][4] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[1][4], small_a[1][4];
+      load_rows<Traits>(rows, row, 16 * r, step, a[0]);
+      if constexpr (kPairs) split_fragments(a, small_a);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        multiply<T>(own[c], a[step], small_a[step], b[step][c], small_b[step][c], allow_tf32);
+        multiply<T>(own[c], a[0], small_a[0], b[step][c], small_b[step][c], allow_tf32);
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
 #pragma unroll
