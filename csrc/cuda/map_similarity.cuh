@@ -467,8 +467,8 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
 // a sample's first. The matrix units round sums towards zero; a stage's own sum is short, and joins
 // the others by a rounded addition.
 template <class Traits, int kRows, bool kFirst>
-__device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns, int row,
-                                          int column, bool allow_tf32, WarpTile<Traits>& sums) {
+__device__ __forceinline__ void add_products(unsigned char* rows, unsigned char* columns, int row,
+                                             int column, bool allow_tf32, WarpTile<Traits>& sums) {
   using T = typename Traits::T;
   constexpr int kSteps = Traits::kSteps, kColumns = Traits::kColumns;
   constexpr bool kPairs = sizeof(T) == 4;
@@ -519,13 +519,13 @@ __device__ __forceinline__ WarpPart warp_part(const MapTask& task) {
   return {row, column, rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows};
 }
 
-// The same of all rows that the part needs.
+// The products over one stage for all rows that the part needs.
 template <class Traits>
 __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns,
                                           const WarpPart& part, bool first, bool allow_tf32,
                                           WarpTile<Traits>& sums) {
   const auto add = [&](auto count, auto is_first) {
-    add_stage<Traits, decltype(count)::value, decltype(is_first)::value>(
+    add_products<Traits, decltype(count)::value, decltype(is_first)::value>(
         rows, columns, part.row, part.column, allow_tf32, sums);
   };
   const auto add_rows = [&](auto count) {
