@@ -2,17 +2,23 @@
 #pragma once
 
 #include "csrc/cuda/launch.h"
+#include "csrc/similarity.h"
 #include "csrc/triangle.h"
 
 namespace ccp {
 
 // A block compares a tile of maps with a tile of maps, by twice as many threads.
 constexpr int kLargeMapTile = 128, kSmallMapTile = 64;
-constexpr int kMapStages = 4;     // of the pipeline between global memory and the matrix units
-constexpr int kMapRowBytes = 64;  // of each map in a stage
+constexpr int kMapStages = 4;      // of the pipeline between global memory and the matrix units
+constexpr int kMapRowBytes = 128;  // of each map in a stage
 
 // Blocks on a multiprocessor: both tiles keep eight warps there.
 CCP_HD constexpr int map_blocks_at_once(int tile) { return tile == kLargeMapTile ? 1 : 2; }
+
+// Of shared memory, for maps that need not be moved. Some GPUs have less than a large tile takes.
+constexpr int64_t map_shared_bytes(int tile) {
+  return int64_t{kMapStages} * 2 * tile * (kMapRowBytes + sizeof(MapTerms<float>));
+}
 
 // How maps come into shared memory.
 enum class MapLoads {
@@ -33,6 +39,9 @@ struct MapSimilarityLaunch {
   Split split;    // of the samples
   int64_t blocks;
   unsigned grid;
+  int chunks;          // stages of a sample
+  int last_positions;  // in the last of them
+  float per_position;  // map_scale^2 / positions
 
   CCP_HD TileIndex tile_index(bool symmetric, int64_t index) const {
     return symmetric ? upper_tile(index) : TileIndex{index / side, index % side};
@@ -65,7 +74,7 @@ struct MapSplit {
 constexpr int64_t kMultiprocessors = 132;  // fixed, so that every GPU sums in the same order
 // What a block takes beside its stages, in stages: its pipeline fills and drains once, and its sums
 // are written and read again.
-constexpr int64_t kMapBlockStages = 12;
+constexpr int64_t kMapBlockStages = 6;
 constexpr int kMapMostRounds = 8;
 
 struct MapTiles {
@@ -112,7 +121,9 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   const MapLoads loads = map_loads(params.maps, element_size);
   const bool packed =
       tiles.tile == kLargeMapTile && loads != MapLoads::kRows && loads != MapLoads::kChannelsLast;
-  const int64_t blocks = tiles.count * split.count;
+  const int64_t blocks = tiles.count * split.count, depth = kMapRowBytes / element_size;
+  const int64_t chunks = ceil_div(layout.positions, depth);
+  const float scale = static_cast<float>(params.scale);
   return {tiles.tile,
           packed ? MapLoads::kRows : loads,
           packed,
@@ -122,16 +133,20 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
           tiles.count,
           split,
           blocks,
-          grid_size(blocks)};
+          grid_size(blocks),
+          static_cast<int>(chunks),
+          static_cast<int>(layout.positions - (chunks - 1) * depth),
+          scale * scale / static_cast<float>(layout.positions)};
 }
 
-// With the tiles that take less time.
-inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params,
-                                               int element_size) {
+// With the tiles that take less time, where a block may have `shared_bytes` of shared memory.
+inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params, int element_size,
+                                               int64_t shared_bytes) {
   const MapTiles small = map_tiles(kSmallMapTile, params), large = map_tiles(kLargeMapTile, params);
   const MapSplit split = split_map_samples(small, params, element_size);
   const MapSplit large_split = split_map_samples(large, params, element_size);
-  return large_split.time < split.time
+  const bool fits = map_shared_bytes(kLargeMapTile) <= shared_bytes;
+  return fits && large_split.time < split.time
              ? plan_map_similarity(params, element_size, large, large_split.split)
              : plan_map_similarity(params, element_size, small, split.split);
 }

@@ -47,7 +47,11 @@ void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStr
   const Tensor x_terms = map_terms<T>(params, left_side(params), out, stream);
   const Tensor y_terms =
       params.symmetric ? x_terms : map_terms<T>(params, right_side(params), out, stream);
-  const MapSimilarityLaunch launch = plan_map_similarity(params, sizeof(T));
+  int shared_bytes = 0;
+  check_cuda("map_similarity",
+             cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                    x.get_device_index()));
+  const MapSimilarityLaunch launch = plan_map_similarity(params, sizeof(T), shared_bytes);
   std::optional<Tensor> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(x, params, left_side(params), x_terms, stream);

@@ -32,6 +32,8 @@ struct MapTraits {
   static constexpr int kUnit = 16 / sizeof(T);             // elements
   static constexpr int kDepth = kMapRowBytes / sizeof(T);  // positions in a stage
   static constexpr int kSteps = kDepth / kMmaDepth<T>;
+  // Of which the columns' fragments fit into registers; those of float32 have small parts as well.
+  static constexpr int kStepsAtOnce = sizeof(T) == 2 ? kSteps : 1;
   // A panel holds rows of positions, one for each map; or rows of maps, one for each position.
   static constexpr bool kByPosition = kLoads == MapLoads::kChannelsLast;
   // Rows that begin within a unit reach into one more. All others are mixed (unit_address).
@@ -50,10 +52,12 @@ struct MapShared {
   alignas(16) unsigned char panel[kMapStages][2]
                                  [Traits::kTile * (kMapRowBytes + 16 * Traits::kUnaligned)];
   MapTerms<float> terms[kMapStages][2 * Traits::kTile];  // of a sample's rows, then its columns
+  static_assert(Traits::kUnaligned ||
+                sizeof panel + sizeof terms == map_shared_bytes(Traits::kTile));
 };
 
 // Where unit `unit` of row `row` lies in a panel: mixed so that the eight rows that a warp reads at
-// once lie on different memory banks. Rows of five units do so by themselves. Eight rows further
+// once lie on different memory banks. Rows of nine units do so by themselves. Eight rows further
 // the mixture is the same, so that what is added to the row in multiples of eight is added to the
 // address (row_bytes).
 template <class Traits>
@@ -61,9 +65,7 @@ __device__ __forceinline__ unsigned char* unit_address(unsigned char* panel, int
   int mixed;
   if constexpr (Traits::kUnaligned) {
     mixed = unit;
-  } else if constexpr (!Traits::kByPosition) {
-    mixed = unit ^ (row / 2 % 4);
-  } else if constexpr (sizeof(typename Traits::T) == 2) {
+  } else if constexpr (!Traits::kByPosition || sizeof(typename Traits::T) == 2) {
     mixed = unit ^ (row % 8);
   } else {
     mixed = unit ^ (row % 4 * 2);
@@ -82,8 +84,6 @@ struct MapTask {
   bool diagonal;              // rows and columns are the same maps
   int64_t first_sample;
   int samples;
-  int chunks;          // stages of a sample
-  int last_positions;  // in the last of them
 };
 
 template <class Traits>
@@ -96,24 +96,20 @@ __device__ __forceinline__ MapTask map_task(const MapSimilarityParams& params,
   const TileIndex tile = launch.tile_index(params.symmetric, block % launch.tiles);
   const int64_t row = tile.row * Traits::kTile, column = tile.column * Traits::kTile;
   const int64_t first = block / launch.tiles * launch.split.length;
-  const int64_t chunks = ceil_div(layout.positions, Traits::kDepth);
   return {{static_cast<int>(row), static_cast<int>(column)},
           {at_most(layout.channel.size - row, Traits::kTile),
            at_most(layout.channel.size - column, Traits::kTile)},
           params.symmetric && tile.row == tile.column,
           first,
-          at_most(layout.sample.size - first, launch.split.length),
-          static_cast<int>(chunks),
-          static_cast<int>(layout.positions - (chunks - 1) * Traits::kDepth)};
+          at_most(layout.sample.size - first, launch.split.length)};
 }
 
-// A stage's place in the sequence of all stages of all samples of a task.
+// Where in the samples of a task a stage lies. Stages are counted on and on; a stage's place in the
+// ring is its number % kMapStages.
 struct MapCursor {
   int sample = 0, chunk = 0;
-  unsigned stage = 0;  // counted on and on; its place in the ring is stage % kMapStages
 
   __device__ __forceinline__ void advance(int chunks) {
-    ++stage;
     if (++chunk < chunks) return;
     chunk = 0;
     ++sample;
@@ -145,28 +141,28 @@ class MapLoader {
     }
   }
 
-  // Begins to copy the next stage.
-  __device__ __forceinline__ void load() {
+  // Begins to copy a stage, one after the other.
+  __device__ __forceinline__ void load(unsigned stage) {
     if (loaded_.sample < task_.samples) {
       if (loaded_.chunk == 0) load_terms();
 #pragma unroll
       for (int panel = 0; panel < 2; ++panel) {
         if (panel == 1 && task_.diagonal) break;
         if constexpr (Traits::kLoads == MapLoads::kStrided) {
-          load_elements(panel);
+          load_elements(panel, stage);
         } else if constexpr (Traits::kUnaligned) {
-          load_unaligned(panel);
+          load_unaligned(panel, stage);
         } else {
-          load_units(panel);
+          load_units(panel, stage);
         }
       }
     }
     commit_copies();
-    loaded_.advance(task_.chunks);
+    loaded_.advance(launch_.chunks);
   }
 
   // Centres what this thread loaded of a stage, one after the other.
-  __device__ __forceinline__ void centre(const MapCursor& at) {
+  __device__ __forceinline__ void centre(const MapCursor& at, unsigned stage) {
     if constexpr (Traits::kLoads != MapLoads::kStrided) {
       if (at.sample >= task_.samples || launch_.packed) return;
       if (at.chunk == 0) shifted_ = any_shift(at);
@@ -174,9 +170,9 @@ class MapLoader {
       for (int panel = 0; panel < 2; ++panel) {
         if (panel == 1 && task_.diagonal) break;
         if constexpr (Traits::kUnaligned) {
-          straighten(panel, at);
+          straighten(panel, at, stage);
         } else if (shifted_) {
-          centre_units(panel, at);
+          centre_units(panel, at, stage);
         }
       }
     }
@@ -199,7 +195,7 @@ class MapLoader {
 
   // Of the stage.
   __device__ __forceinline__ int positions(const MapCursor& at) const {
-    return at.chunk == task_.chunks - 1 ? task_.last_positions : Traits::kDepth;
+    return at.chunk == launch_.chunks - 1 ? launch_.last_positions : Traits::kDepth;
   }
 
   __device__ __forceinline__ MapSide side(int panel) const {
@@ -218,15 +214,15 @@ class MapLoader {
            task_.first_map[panel] * from.stride(layout.channel);
   }
 
-  __device__ __forceinline__ unsigned char* panel_of(int panel, const MapCursor& at) const {
-    return shared_.panel[at.stage % kMapStages][panel];
+  __device__ __forceinline__ unsigned char* panel_of(int panel, unsigned stage) const {
+    return shared_.panel[stage % kMapStages][panel];
   }
   __device__ __forceinline__ const MapTerms<float>* terms_of(int panel, const MapCursor& at) const {
     return shared_.terms[at.sample % kMapStages] + panel * Traits::kTile;
   }
   // The thread's i-th unit.
-  __device__ __forceinline__ T* unit_of(int panel, const MapCursor& at, int i) const {
-    return reinterpret_cast<T*>(unit_address<Traits>(panel_of(panel, at), first_row(), unit()) +
+  __device__ __forceinline__ T* unit_of(int panel, unsigned stage, int i) const {
+    return reinterpret_cast<T*>(unit_address<Traits>(panel_of(panel, stage), first_row(), unit()) +
                                 row_bytes<Traits>(i * Traits::kRowStep));
   }
 
@@ -241,7 +237,7 @@ class MapLoader {
                    (row ? all_terms_[0] : all_terms_[1]) + index, valid);
   }
 
-  __device__ __forceinline__ void load_units(int panel) {
+  __device__ __forceinline__ void load_units(int panel, unsigned stage) {
     const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
     const int along = Traits::kByPosition ? task_.maps[panel] : positions(loaded_);
@@ -251,22 +247,22 @@ class MapLoader {
         Traits::kRowStep * from.stride(Traits::kByPosition ? layout.position[0] : layout.channel);
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i)
-      copy_async<16>(unit_of(panel, loaded_, i), next_[panel] + i * step,
+      copy_async<16>(unit_of(panel, stage, i), next_[panel] + i * step,
                      i * Traits::kRowStep < rows_left);
-    const int64_t stage = Traits::kDepth * position_stride(panel);
-    next_[panel] += stage;
-    if (loaded_.chunk == task_.chunks - 1)
-      next_[panel] += from.stride(layout.sample) - task_.chunks * stage;
+    const int64_t depth = Traits::kDepth * position_stride(panel);
+    next_[panel] += depth;
+    if (loaded_.chunk == launch_.chunks - 1)
+      next_[panel] += from.stride(layout.sample) - launch_.chunks * depth;
   }
 
   // From the boundary of 16 bytes at or before each row's beginning on.
-  __device__ __forceinline__ void load_unaligned(int panel) const {
+  __device__ __forceinline__ void load_unaligned(int panel, unsigned stage) const {
     constexpr int kUnits = Traits::kTile * Traits::kRowUnits;
     const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
     const T* data = static_cast<const T*>(from.data);
     const int64_t maps = sample_offset(panel, loaded_.sample);
-    unsigned char* to = panel_of(panel, loaded_);
+    unsigned char* to = panel_of(panel, stage);
 #pragma unroll
     for (int first = 0; first < kUnits; first += Traits::kThreads) {
       const int index = first + threadIdx.x;
@@ -284,14 +280,14 @@ class MapLoader {
   }
 
   // Element by element, centred at once.
-  __device__ __forceinline__ void load_elements(int panel) const {
+  __device__ __forceinline__ void load_elements(int panel, unsigned stage) const {
     const ChannelDotLayout& layout = params_.maps.layout;
     const MapSide from = side(panel);
     const T* maps = static_cast<const T*>(from.data) + sample_offset(panel, loaded_.sample);
     const MapTerms<float>* terms = all_terms_[panel] +
                                    (task_.first_sample + loaded_.sample) * layout.channel.size +
                                    task_.first_map[panel];
-    unsigned char* to = panel_of(panel, loaded_);
+    unsigned char* to = panel_of(panel, stage);
 #pragma unroll 4
     for (int i = threadIdx.x; i < Traits::kTile * Traits::kDepth; i += Traits::kThreads) {
       const int map = i / Traits::kDepth, depth = i % Traits::kDepth;
@@ -331,25 +327,26 @@ class MapLoader {
   }
 
   // What lies outside the maps stays zero, as do the terms of maps outside the panel.
-  __device__ __forceinline__ void centre_units(int panel, const MapCursor& at) const {
+  __device__ __forceinline__ void centre_units(int panel, const MapCursor& at,
+                                               unsigned stage) const {
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
       if (position_of(i) >= positions(at)) continue;
-      T* address = unit_of(panel, at, i);
+      T* address = unit_of(panel, stage, i);
       store_unit(centred(load_unit<T, kUnit>(address), terms_of(panel, at) + map_of(i)), address);
     }
   }
 
   // Moves every row to the beginning of its units, centres it, and writes zeros behind its end. The
   // threads of a row are of one warp.
-  __device__ __forceinline__ void straighten(int panel, const MapCursor& at) const {
+  __device__ __forceinline__ void straighten(int panel, const MapCursor& at, unsigned stage) const {
     const int64_t maps = sample_offset(panel, at.sample);
     const int64_t stride = side(panel).stride(params_.maps.layout.channel);
     const MapTerms<float>* terms = terms_of(panel, at);
     Values straight[Traits::kUnitsPerThread];
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
-      const T* address = unit_of(panel, at, i);
+      const T* address = unit_of(panel, stage, i);
       const int first = static_cast<unsigned>(maps + map_of(i) * stride) % kUnit;
       Values moved =
           elements_from(first, load_unit<T, kUnit>(address), load_unit<T, kUnit>(address + kUnit));
@@ -360,7 +357,7 @@ class MapLoader {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < Traits::kUnitsPerThread; ++i)
-      store_unit(straight[i], unit_of(panel, at, i));
+      store_unit(straight[i], unit_of(panel, stage, i));
   }
 
   const MapSimilarityParams& params_;
@@ -378,6 +375,25 @@ template <class Traits>
 struct WarpTile {
   float element[Traits::kRows][Traits::kColumns][4];
 };
+
+// What a warp computes of a tile: from row `row` and column `column` on.
+struct WarpPart {
+  int row, column;
+  int rows;  // fragments of which anything is needed, rounded up to none, half or all of them
+};
+
+template <class Traits>
+__device__ __forceinline__ WarpPart warp_part(const MapTask& task) {
+  constexpr int kWarps = Traits::kTile / 32;  // beside each other
+  const int half = threadIdx.x / 32 / kWarps, place = threadIdx.x / 32 % kWarps;
+  // The lower warps are mirrored: of a diagonal tile, whose lower left is not needed, each pair of
+  // warps that share a scheduler so has its part.
+  const int row = half * Traits::kTile / 2, column = (half == 0 ? place : kWarps - 1 - place) * 32;
+  int rows = column < task.maps[1] ? task.maps[0] - row : 0;
+  if (task.diagonal && rows > column + 32 - row) rows = column + 32 - row;
+  constexpr int kHalf = Traits::kRows * 8;
+  return {row, column, rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows};
+}
 
 // The lane's number of the eight maps from first + map on, at position `depth`: lane / 4 counts the
 // maps, lane % 4 the positions. `first` is a multiple of 32.
@@ -463,21 +479,22 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
-// The warp's first kRows fragments of rows: sums += the products over one stage, or sums = those of
-// a sample's first. The matrix units round sums towards zero; a stage's own sum is short, and joins
-// the others by a rounded addition.
+// The warp's first kRows fragments of rows: sums += the products over kStepsAtOnce steps of a stage
+// from `first` on, or sums = those of a sample's first. The matrix units round sums towards zero;
+// these steps' own sum is short, and joins the others by a rounded addition.
 template <class Traits, int kRows, bool kFirst>
-__device__ __forceinline__ void add_products(unsigned char* rows, unsigned char* columns, int row,
-                                             int column, bool allow_tf32, WarpTile<Traits>& sums) {
+__device__ __forceinline__ void add_products(unsigned char* rows, unsigned char* columns,
+                                             const WarpPart& part, int first, bool allow_tf32,
+                                             WarpTile<Traits>& sums) {
   using T = typename Traits::T;
-  constexpr int kSteps = Traits::kSteps, kColumns = Traits::kColumns;
+  constexpr int kSteps = Traits::kStepsAtOnce, kColumns = Traits::kColumns;
   constexpr bool kPairs = sizeof(T) == 4;
   uint32_t b[kSteps][kColumns][2], small_b[kSteps][kColumns][2];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int c = 0; c < kColumns; c += 2)
-      load_columns<Traits>(columns, column, 8 * c, step, b[step][c], b[step][c + 1]);
+      load_columns<Traits>(columns, part.column, 8 * c, first + step, b[step][c], b[step][c + 1]);
     if constexpr (kPairs) split_fragments(b[step], small_b[step]);
   }
 #pragma unroll
@@ -486,7 +503,7 @@ __device__ __forceinline__ void add_products(unsigned char* rows, unsigned char*
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[1][4], small_a[1][4];
-      load_rows<Traits>(rows, row, 16 * r, step, a[0]);
+      load_rows<Traits>(rows, part.row, 16 * r, first + step, a[0]);
       if constexpr (kPairs) split_fragments(a, small_a);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
@@ -500,41 +517,26 @@ __device__ __forceinline__ void add_products(unsigned char* rows, unsigned char*
   }
 }
 
-// What a warp computes of a tile: from row `row` and column `column` on.
-struct WarpPart {
-  int row, column;
-  int rows;  // fragments of which anything is needed, rounded up to none, half or all of them
-};
-
-template <class Traits>
-__device__ __forceinline__ WarpPart warp_part(const MapTask& task) {
-  constexpr int kWarps = Traits::kTile / 32;  // beside each other
-  const int half = threadIdx.x / 32 / kWarps, place = threadIdx.x / 32 % kWarps;
-  // The lower warps are mirrored: of a diagonal tile, whose lower left is not needed, each pair of
-  // warps that share a scheduler so has its part.
-  const int row = half * Traits::kTile / 2, column = (half == 0 ? place : kWarps - 1 - place) * 32;
-  int rows = column < task.maps[1] ? task.maps[0] - row : 0;
-  if (task.diagonal && rows > column + 32 - row) rows = column + 32 - row;
-  constexpr int kHalf = Traits::kRows * 8;
-  return {row, column, rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows};
-}
-
-// The products over one stage for all rows that the part needs.
+// sums += the products over one stage, or sums = those of a sample's first.
 template <class Traits>
 __device__ __forceinline__ void add_stage(unsigned char* rows, unsigned char* columns,
-                                          const WarpPart& part, bool first, bool allow_tf32,
+                                          const WarpPart& part, bool is_first, bool allow_tf32,
                                           WarpTile<Traits>& sums) {
-  const auto add = [&](auto count, auto is_first) {
-    add_products<Traits, decltype(count)::value, decltype(is_first)::value>(
-        rows, columns, part.row, part.column, allow_tf32, sums);
-  };
-  const auto add_rows = [&](auto count) {
-    first ? add(count, std::true_type{}) : add(count, std::false_type{});
+  const auto add = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+#pragma unroll 1  // or fragments would be loaded before there are registers for them
+    for (int step = 0; step < Traits::kSteps; step += Traits::kStepsAtOnce) {
+      if (is_first && step == 0) {
+        add_products<Traits, kRows, true>(rows, columns, part, step, allow_tf32, sums);
+      } else {
+        add_products<Traits, kRows, false>(rows, columns, part, step, allow_tf32, sums);
+      }
+    }
   };
   if (part.rows == Traits::kRows) {
-    add_rows(std::integral_constant<int, Traits::kRows>{});
+    add(std::integral_constant<int, Traits::kRows>{});
   } else if (part.rows > 0) {
-    add_rows(std::integral_constant<int, Traits::kRows / 2>{});
+    add(std::integral_constant<int, Traits::kRows / 2>{});
   }
 }
 
@@ -580,8 +582,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                          float* partial) {
   constexpr int kTile = Traits::kTile;
   auto& shared = dynamic_shared<MapShared<Traits>>();
-  const float scale = static_cast<float>(params.scale);
-  const float per_position = scale * scale / static_cast<float>(params.maps.layout.positions);
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
     const MapTask task = map_task<Traits>(params, launch, block);
     const WarpPart part = warp_part<Traits>(task);
@@ -590,25 +590,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     float self = 0;
     MapCursor summed;
 #pragma unroll 1
-    for (int stage = 0; stage < kMapStages - 1; ++stage) loader.load();
+    for (unsigned stage = 0; stage < kMapStages - 1; ++stage) loader.load(stage);
     wait_for_copies<kMapStages - 2>();
     __syncthreads();
-    loader.centre(summed);
-    while (summed.sample < task.samples) {
+    loader.centre(summed, 0);
+    for (unsigned stage = 0; summed.sample < task.samples; ++stage) {
       // The next stage has arrived; this one was centred in the last turn.
       wait_for_copies<kMapStages - 3>();
       __syncthreads();
       MapCursor next = summed;
-      next.advance(task.chunks);
-      loader.load();
-      loader.centre(next);
-      auto& panel = shared.panel[summed.stage % kMapStages];
+      next.advance(launch.chunks);
+      loader.load(stage + kMapStages - 1);
+      loader.centre(next, stage + 1);
+      auto& panel = shared.panel[stage % kMapStages];
       add_stage<Traits>(panel[0], panel[task.diagonal ? 0 : 1], part, summed.chunk == 0,
                         params.allow_tf32, sums);
-      if (summed.chunk == task.chunks - 1) {
+      if (summed.chunk == launch.chunks - 1) {
         with_kind(params.kind, [&](auto kind) {
           add_similarities<decltype(kind)::value>(shared.terms[summed.sample % kMapStages], part,
-                                                  per_position, sums, totals, self);
+                                                  launch.per_position, sums, totals, self);
         });
       }
       summed = next;

@@ -364,8 +364,9 @@ ccp::MapSimilarityParams similarity_of_maps(int64_t samples, int64_t channels, i
   return params;
 }
 
-ccp::MapSimilarityLaunch plan_maps(const ccp::MapSimilarityParams& params) {
-  return ccp::plan_map_similarity(params, sizeof(uint16_t));
+ccp::MapSimilarityLaunch plan_maps(const ccp::MapSimilarityParams& params,
+                                   int64_t shared_bytes = 227 << 10) {
+  return ccp::plan_map_similarity(params, sizeof(uint16_t), shared_bytes);
 }
 
 void test_map_tiles() {
@@ -388,6 +389,8 @@ void test_map_tiles() {
     for (const bool symmetric : {true, false})
       expect("large tiles where the GPU's tests expect them",
              tile(shape[0], shape[1], shape[2], symmetric) == 128);
+  expect("small tiles on GPUs with less shared memory",
+         plan_maps(similarity_of_maps(256, 512, 784), 99 << 10).tile == 64);
   expect("small tiles where large ones would leave multiprocessors idle",
          tile(8, 256, 784) == 64 && tile(1, 1024, 784) == 64);
 }

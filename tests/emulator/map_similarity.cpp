@@ -34,10 +34,12 @@ std::vector<T> centred_maps(const MapSimilarityParams& params, ccp::MapSide side
   return maps;
 }
 
+constexpr int64_t kSharedBytes = 227 << 10;  // of a block on an H200
+
 // By the launch arithmetic, or with large tiles and the samples in `large_parts` parts.
 template <class T>
 ccp::MapSimilarityLaunch plan(const MapSimilarityParams& params, int large_parts) {
-  if (large_parts == 0) return ccp::plan_map_similarity(params, sizeof(T));
+  if (large_parts == 0) return ccp::plan_map_similarity(params, sizeof(T), kSharedBytes);
   const int64_t samples = params.maps.layout.sample.size;
   return ccp::plan_map_similarity(params, sizeof(T), ccp::map_tiles(ccp::kLargeMapTile, params),
                                   {large_parts, ccp::ceil_div(samples, large_parts)});
