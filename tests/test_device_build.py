@@ -16,7 +16,7 @@ CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 MOST_REGISTERS = 128  # so that two blocks of 256 threads fit on a multiprocessor
 MOST_REGISTERS_OF = {
-    "map_similarity.cu": 255,  # two blocks of 128 threads
+    "map_similarity.cu": 255,  # one block of 256 threads, or two of 128
     "patch_gram.cu": 255,  # one block of 256 threads, or three of 128 (168 registers)
 }
 LONGEST = "map_similarity.cu"  # to compile; begun first, so that the others run beside it

@@ -640,6 +640,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     const int64_t j = tile.column * launch.tile + in_tile.remainder;
     if (i >= channels || j >= channels || (params.symmetric && i > j)) continue;
     float sum = 0;
+#pragma unroll 8
     for (int64_t part = 0; part < launch.split.count; ++part) sum += partial[part * count + e];
     const float mean = sum / static_cast<float>(params.maps.layout.sample.size);
     out[i * channels + j] = mean;
