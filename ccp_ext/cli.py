@@ -294,9 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     choice = prune.add_argument_group("criterion")
-    choice.add_argument(
-        "--criterion", default="refit-loss", help="see `ccp criteria` (default refit-loss)"
-    )
+    choice.add_argument("--criterion", default="taylor", help="see `ccp criteria` (default taylor)")
     choice.add_argument("--curvature", choices=("logits", "sampled", "empirical", "exact"))
     choice.add_argument("--site", choices=("gate", "weight"))
     choice.add_argument("--rows", type=int, help="labels or projections drawn per image")
@@ -353,10 +351,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--criteria",
         type=_list_of(str),
-        default=("refit-loss", "ccp", "l1"),
+        default=("taylor", "refit-loss", "ccp", "l1"),
         help="see `ccp criteria`; options follow after colons, such as "
-        "ccp,ccp:curvature=sampled:diagonal,l1 (default refit-loss,ccp,l1; random is always "
-        "compared)",
+        "ccp,ccp:curvature=sampled:diagonal,l1 (default taylor,refit-loss,ccp,l1; random is "
+        "always compared)",
     )
     budget = compare.add_argument_group("budgets (of one kind)").add_mutually_exclusive_group(
         required=True

@@ -83,7 +83,7 @@ class PruneSettings:
     multiple: int = 1
     minimum: int = 1
     rounds: int = 1
-    criterion: str = "refit-loss"
+    criterion: str = "taylor"
     options: criteria.Options = field(default_factory=criteria.Options)
     scope: str = "inner"
     images: int = 10_000

@@ -96,7 +96,7 @@ class CompareSettings:
     model: str
     weights: str
     data: str
-    criteria: tuple[str, ...] = ("refit-loss", "ccp", "l1")
+    criteria: tuple[str, ...] = ("taylor", "refit-loss", "ccp", "l1")
     macs: tuple[float | int, ...] = ()
     params: tuple[float | int, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
