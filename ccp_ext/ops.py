@@ -159,12 +159,13 @@ def map_similarity(
 
     Feature maps of one layer compared in this way measure the redundancy of its channels (QSFM,
     arXiv 2105.06052). The similarities of single samples are never stored: beside the result, the
-    memory taken is some numbers per map and sample and partial results of fixed size.
+    memory taken is some numbers per map and sample and partial results of fixed size, and on a GPU,
+    from 65 channels on, copies of tensors whose maps are not whole aligned units of 16 bytes.
 
     Args:
         x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]`` and so on; a map may be a single number.
             float32, bfloat16 or float16; on the CPU also float64. Any strides; contiguous and
-            channels-last tensors are read fastest; nothing is copied.
+            channels-last tensors are read fastest.
         kind: The similarity.
         y: Same shape, dtype and device as ``x``; its strides may differ.
         data_range: L, positive: the distance between the largest and the smallest value that the

@@ -34,7 +34,8 @@ struct alignas(4 * sizeof(Acc)) MapTerms {
 };
 
 // A difference of means must not suffer from their rounding: where one is needed, the offsets are
-// left out here, and mse_of adds their difference to that of the shifts.
+// left out here, and mse_of adds their difference to that of the shifts. (Those of PSNR are still
+// rounded once, by a data range that is no power of two.)
 template <class Acc>
 CCP_HD Acc map_mean(SimilarityKind kind, Acc scaled_shift, Acc offset) {
   const bool subtracted = kind == SimilarityKind::kMse || kind == SimilarityKind::kPsnr;

@@ -161,7 +161,7 @@ class MapLoader {
     loaded_.advance(launch_.chunks);
   }
 
-  // Centres what this thread loaded of a stage, one after the other.
+  // Centres what has arrived of a stage; in unaligned rows also what other threads loaded.
   __device__ __forceinline__ void centre(const MapCursor& at, unsigned stage) {
     if constexpr (Traits::kLoads != MapLoads::kStrided) {
       if (at.sample >= task_.samples || launch_.packed) return;
