@@ -33,14 +33,18 @@ def main() -> None:
 
     train, test = (datasets.load(options.data, split) for split in ("train", "test"))
     factory = model_factory(options.model, train.num_classes, train.images.shape[1])
+    checkpoint = options.output.with_suffix(".training.pt")
     if not options.output.is_file():
         torch.manual_seed(options.seed)
-        _train(factory(), train, options)
+        _train(factory(), train, options, checkpoint)
+    checkpoint.unlink(missing_ok=True)
     model = load_model(factory, options.output)
     print(f"{options.model}: {evaluate(model, test, device=options.device).accuracy:.2f} % of test")
 
 
-def _train(model: torch.nn.Module, train: datasets.ImageSet, options: argparse.Namespace) -> None:
+def _train(
+    model: torch.nn.Module, train: datasets.ImageSet, options: argparse.Namespace, checkpoint: Path
+) -> None:
     config = FinetuneConfig(
         epochs=options.epochs,
         learning_rate=options.learning_rate,
@@ -52,11 +56,9 @@ def _train(model: torch.nn.Module, train: datasets.ImageSet, options: argparse.N
         amp=True,
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = options.output.with_suffix(".training.pt")
     finetune(model, train, config, device=options.device, checkpoint=checkpoint)
     with atomic_path(options.output) as temporary:
         torch.save(model.cpu().state_dict(), temporary)
-    checkpoint.unlink()
 
 
 if __name__ == "__main__":

@@ -191,6 +191,7 @@ def _run(
         if not isinstance(finished.get("stages"), list):
             raise _damaged(folder.path / "report.json")
         say(f"{folder.path} already holds this run's result")
+        _tidy(folder, settings.rounds)
         return finished
     if table is not None and settings.latency_table is None:
         table.save(folder.path / LATENCY_FILE)
@@ -226,9 +227,23 @@ def _run(
         "refits": rounds.refits,
     }
     folder.write("report.json", report)
-    temporary = ("stages.json", "forecast.json", "finetune.pt", HEADS_FILE)
-    folder.remove(*temporary, *rounds.temporary_files())
+    _tidy(folder, settings.rounds)
     return report
+
+
+def _tidy(folder: RunFolder, rounds: int) -> None:
+    """Remove what is of no use when the run is over."""
+    folder.remove("stages.json", "forecast.json", "finetune.pt", HEADS_FILE)
+    for number in range(1, rounds + 1):
+        for stem in ("statistics", "repaired"):
+            folder.remove(_round_file(stem, number, rounds, "pt"))
+        if rounds > 1:
+            folder.remove(_round_file("plan", number, rounds, "json"))
+
+
+def _round_file(stem: str, number: int, rounds: int, suffix: str) -> str:
+    """A file of a round; of the only round, without its number."""
+    return f"{stem}{'' if rounds == 1 else number}.{suffix}"
 
 
 def auxiliary_heads(
@@ -354,17 +369,6 @@ class _Rounds:
         except (RuntimeError, TypeError, KeyError) as error:
             raise _damaged(file) from error
 
-    def temporary_files(self) -> list[str]:
-        """What is of no use when the run is over."""
-        numbers = range(1, self.settings.rounds + 1)
-        names = [
-            self._file(stem, number, "pt")
-            for stem in ("statistics", "repaired")
-            for number in numbers
-        ]
-        plans = [self._file("plan", number, "json") for number in numbers]
-        return names + (plans if self.settings.rounds > 1 else [])
-
     def _make_plan(self, number: int) -> PruningPlan:
         settings, model = self.settings, self.inputs.model
         graph = self.inputs.graph
@@ -430,8 +434,7 @@ class _Rounds:
         ).loss
 
     def _file(self, stem: str, number: int, suffix: str) -> str:
-        """A file of a round; of the only round, without its number."""
-        return f"{stem}{'' if self.settings.rounds == 1 else number}.{suffix}"
+        return _round_file(stem, number, self.settings.rounds, suffix)
 
 
 def _latency_table(settings: PruneSettings, inputs: Inputs, output: Path) -> LatencyTable | None:

@@ -167,6 +167,22 @@ def test_steps_of_a_repair_that_were_taken_before_a_stop_are_not_again(
     assert refits[0] == refits[1] and not list(broken.glob("*.pt"))
 
 
+def test_a_stop_before_the_last_files_are_removed_leaves_none(inputs, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    command = prune_command(inputs, output, repair="batchnorm")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.RunFolder, "remove", stopped)
+        assert cli.main(command) == 130
+    assert {"report.json", "repaired.pt", "statistics.pt"} <= {f.name for f in output.iterdir()}
+    assert cli.main(command) == 0
+    left = {"plan.json", "report.json", "settings.json", "slim.safetensors"}
+    assert {f.name for f in output.iterdir()} == left | {"snapshot.safetensors"}
+
+
 def test_the_folder_of_a_running_command_is_refused(inputs, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()

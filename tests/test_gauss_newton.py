@@ -77,6 +77,18 @@ def test_the_normal_equations_are_those_of_automatic_differentiation(convolution
     torch.testing.assert_close(product(direction), automatic(direction))  # not used up
 
 
+def test_samples_beyond_the_memory_compute_again_what_others_keep(monkeypatch):
+    layers = network()
+    start, data = parameters(layers), samples(layers, count=3)
+    expected = improve(layers, start, data, 3)
+    again, generic = [], Network.normal_equations
+    monkeypatch.setattr(Network, "normal_equations", lambda *a: again.append(a[2]) or generic(*a))
+    monkeypatch.setattr(gauss_newton, "_KEPT", 2 * layers.kept(*data[0]))
+    moved = improve(layers, start, data, 3)
+    assert len(again) == 1 and again[0] is data[2][0]
+    torch.testing.assert_close(flat(moved), flat(expected))
+
+
 def test_few_iterations_lower_the_loss_and_more_lower_it_further():
     layers = network()
     start, data = parameters(layers), samples(layers)

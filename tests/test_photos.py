@@ -83,6 +83,9 @@ def test_indices_batches_and_subsets_agree_with_a_tensor(tree):
     assert torch.equal(train.images[index], pixels[index])
     assert torch.equal(train.images[1:3], pixels[1:3]) and torch.equal(train.images[5], pixels[5])
     assert train.images[6:].shape == (0, 3, 224, 224)
+    assert torch.equal(train.images[-1], pixels[-1])
+    bees = train.labels == 1
+    assert torch.equal(train.images[bees], pixels[bees])
     subset = train.subset(index)
     assert isinstance(subset.images, Photos)  # not decoded
     ((x, y),) = subset.batches(8)
@@ -106,6 +109,8 @@ def test_bad_folders_are_refused(tree, tmp_path_factory):
         with pytest.raises(InputError, match=message):
             datasets.load(folder, "test")
 
+    (tree / "train" / "cat").mkdir()
+    refused(tree, "cat holds no photos")
     write_photo(tree / "train" / "cat" / "0.png", 0)
     refused(tree, "val and train must hold the same classes; 'cat' is only in one")
     alone = tmp_path_factory.mktemp("alone")
@@ -114,6 +119,14 @@ def test_bad_folders_are_refused(tree, tmp_path_factory):
     (alone / "train").rename(alone / "photos")
     (alone / "photos" / "ant" / "0.png").rename(alone / "photos" / "0.png")
     refused(alone, "photos of one class, 'photos'; it takes two")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        for k in range(5):
+            write_photo(tmp_path / name / f"{k}.png", k)
+    train = datasets.load(tmp_path, "train")
+    assert train.labels.tolist() == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n half"])

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ccp_ext.patches import output_sizes, patch_gram, patch_sum
 
 # Of a Kronecker factor's mean eigenvalue; added to all of them before it is inverted.
 _DAMPING = 1e-3
+# Bytes that the samples of a step keep between their two convolutions; others compute it anew.
+_KEPT = 1 << 28
 # Parts of the Gauss-Newton step that are tried, in this order.
 _STEPS = (1.0, 0.5, 0.25)
 
@@ -53,6 +56,10 @@ class Network(abc.ABC):
 
         y, pull_back = vjp(network, parameters)
         return pull_back(target - y)[0], curvature
+
+    def kept(self, x: Tensor, target: Tensor) -> int:
+        """Bytes that the normal equations of a sample keep."""
+        return 0
 
     def loss(self, parameters: Parameters, samples: Samples) -> float:
         """sum of |y - target|^2 over the samples and positions."""
@@ -105,6 +112,10 @@ class TwoConvolutions(Network):
 
         return pull_back(target - y.detach()), curvature
 
+    def kept(self, x: Tensor, target: Tensor) -> int:
+        places = len(x) * math.prod(output_sizes(self.first, x))
+        return places * len(self.first.weight) * x.element_size() + target.nbytes
+
     def preconditioner(self, parameters: Parameters, samples: Samples) -> Precondition:
         return _preconditioner(self, parameters, samples)
 
@@ -125,7 +136,11 @@ def improve(layers: Network, start: Parameters, samples: Samples, iterations: in
         iterations: of the conjugate gradients; each costs two to six passes over the samples.
     """
     precondition = layers.preconditioner(start, samples)
-    equations = [layers.normal_equations(start, x, target) for x, target in samples]
+    equations, room = [], _KEPT
+    for x, target in samples:
+        room -= layers.kept(x, target)
+        form = layers.normal_equations if room >= 0 else partial(Network.normal_equations, layers)
+        equations.append(form(start, x, target))
     downhill = _sum(right for right, _ in equations)
 
     def curvature(direction: Parameters) -> Parameters:

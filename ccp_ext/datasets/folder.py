@@ -1,4 +1,4 @@
-"""Photos in folders, one for each class, as torchvision's ImageFolder reads them."""
+"""Photos in folders, one for each class."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Photos:
 
     def __init__(self, files: Sequence[Path], device: torch.device | str = "cpu") -> None:
         self.files = list(files)
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its number
 
     @property
     def shape(self) -> torch.Size:
@@ -52,7 +52,7 @@ class Photos:
         Raises InputError for a file that is damaged or no picture.
         """
         if isinstance(index, int):
-            return self[index : index + 1][0]
+            return self[torch.tensor([index])][0]
         chosen = self.files[index] if isinstance(index, slice) else self._at(index)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             windows = list(pool.map(read_window, chosen))
@@ -73,6 +73,8 @@ class Photos:
         return torch.tensor(list(digest), dtype=torch.uint8)
 
     def _at(self, index: Tensor) -> list[Path]:
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
         return [self.files[i] for i in index.tolist()]
 
 
@@ -87,8 +89,8 @@ def read(folder: Path, split: str) -> ImageSet:
     Either ``train/CLASS/*.jpg`` beside ``val/CLASS/*.jpg`` (or ``test``), or ``CLASS/*.jpg`` alone,
     which is then split by class, four fifths for training. jpg, jpeg, png, webp and bmp are read.
 
-    Raises InputError when a part is missing, there are fewer than two classes, or the parts'
-    classes differ.
+    Raises InputError when a part is missing, a class in it is empty, there are fewer than two
+    classes, or the parts' classes differ.
     """
     parts = {name: _part(folder, name) for name in PARTS}
     if parts["train"] is None:
@@ -98,6 +100,10 @@ def read(folder: Path, split: str) -> ImageSet:
         files, labels = [files[i] for i in chosen], labels[chosen]
     else:
         classes = _classes(parts["train"])
+        for part in filter(None, parts.values()):
+            empty = {entry.name for entry in part.iterdir() if entry.is_dir()} - {*_classes(part)}
+            if empty:
+                raise InputError(f"{part / min(empty)} holds no photos ({', '.join(EXTENSIONS)})")
         if parts["test"] is None:
             raise InputError(f"{folder} holds train, but neither {' nor '.join(PARTS['test'])}")
         differing = sorted(set(classes) ^ set(_classes(parts["test"])))
@@ -132,7 +138,9 @@ def read_window(file: Path) -> np.ndarray:
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    return next((folder / name for name in PARTS[split] if (folder / name).is_dir()), None)
+    """The folder of a split; one with photos of its own is that of a class."""
+    candidates = (folder / name for name in PARTS[split])
+    return next((part for part in candidates if part.is_dir() and _classes(part)), None)
 
 
 def _classes(folder: Path) -> list[str]:
