@@ -60,6 +60,8 @@ def _criteria(options: argparse.Namespace) -> None:
         criterion = criteria.get(name)
         lines = [criterion.summary, f"source: {criterion.source}"]
         lines.append(f"allocation: {criterion.allocation}")
+        if criterion.uses:
+            lines.append(f"options: {', '.join(criterion.uses)}")
         if criterion.note:
             lines.append(f"note: {criterion.note}")
         print(f"{name:16}" + f"\n{'':16}".join(lines))

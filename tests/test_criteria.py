@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from math import inf
 
 import pytest
@@ -66,6 +67,21 @@ def gate_derivatives(subject, group):
         F.cross_entropy(model(x[k : k + 1]), y[k : k + 1]).backward()
     hook.remove()
     return torch.cat([(z * z.grad).sum((2, 3)).detach() for z in seen])
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_an_option_that_the_criterion_does_not_use_is_refused(name):
+    given = {"site": "weight", "curvature": "exact", "rows": 2, "temperature": 2.0}
+    given |= {"first_order": True, "diagonal": True, "normalise": "none", "greedy": True}
+    given |= {"ridge": 0.5}
+    assert {*given, "seed"} == {field.name for field in dataclasses.fields(criteria.Options)}
+    uses = criteria.get(name).uses
+    for option, value in given.items():
+        if option in uses:
+            criteria.get(name, criteria.Options(**{option: value}))
+        else:
+            with pytest.raises(InputError, match=f"{name!r} has no {option} to set, got {value!r}"):
+                criteria.get(name, criteria.Options(**{option: value}))
 
 
 @pytest.mark.parametrize("scope", ["inner", "all"])

@@ -34,7 +34,8 @@ def command(name, inputs, output, *options):
 def run(inputs, tmp_path_factory):
     """The folder of `ccp prune` with its page."""
     output = tmp_path_factory.mktemp("page") / "run"
-    assert cli.main(command("prune", inputs, output, "--macs", 0.5, "--epochs", 2)) == 0
+    options = ("--macs", 0.5, "--criterion", "ccp", "--epochs", 2)
+    assert cli.main(command("prune", inputs, output, *options)) == 0
     assert cli.main(["report", str(output)]) == 0
     return output
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class Criterion:
     Attributes:
         note: what the published description leaves open, and what was chosen here.
         auxiliary_heads: classifiers inside the network that its fine-tuning is published with.
+        uses: the fields of :class:`Options` that it reads, besides the seed.
         allocation: what the allocation "auto" means for it: "optimal" if the costs of all groups
             are in one unit (the change of the loss or of the logits), so that they can be added;
             else "uniform".
@@ -78,10 +79,21 @@ class Criterion:
     summary: ClassVar[str]
     note: ClassVar[str] = ""
     auxiliary_heads: ClassVar[int] = 0
+    uses: ClassVar[tuple[str, ...]] = ()
     allocation: str = "uniform"
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for field in fields(Options):
+            value = getattr(self.options, field.name)
+            if value != field.default and field.name not in (*self.uses, "seed"):
+                raise InputError(
+                    f"criterion {self.name!r} has no {field.name} to set, got {value!r}; it takes "
+                    f"{', '.join(self.uses) or 'no options'}"
+                )
 
     def statistics(self) -> dict[str, Any] | None:
         """Keyword arguments for :func:`ccp_ext.collect`, or None if it is not needed."""
@@ -119,7 +131,7 @@ def get(name: str, options: Options | None = None) -> Criterion:
     """The criterion of that name.
 
     Raises:
-        InputError: no criterion has that name.
+        InputError: no criterion has that name, or an option is set that it does not use.
     """
     if name not in _REGISTRY:
         raise InputError(f"criterion must be one of {', '.join(names())}; got {name!r}")

@@ -11,6 +11,7 @@ from ccp_ext.criteria.base import Criterion, register
 class SecondOrder(Criterion):
     """Defaults of a member of the family; every one of them is an option."""
 
+    uses = ("site", "curvature", "rows", "temperature", "first_order", "diagonal")
     site: str
     curvature: str
     first_order: bool

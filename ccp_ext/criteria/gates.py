@@ -74,6 +74,7 @@ class GateRefit(Criterion):
     source = "this package; OBS (Hassibi and Stork, NeurIPS 1993) on the gates"
     summary = "pairwise curvature left after the kept channels were rescaled"
     note = "the rescaling itself is part of what ccp_ext.compensation.refit does"
+    uses = ("site", "curvature", "rows", "temperature", "ridge")
     allocation = "optimal"
 
     def statistics(self) -> dict[str, Any]:

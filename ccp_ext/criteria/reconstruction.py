@@ -144,6 +144,7 @@ class OSSCAR(_Reconstruction):
     name = "osscar"
     source = "Meng et al., ICML 2024 (OSSCAR)"
     summary = "block OBS: error of the next layer after its refit, one channel at a time"
+    uses = ("ridge",)
     note = (
         "greedy removal only, without the optional local search by swaps; the order is that of the "
         "original network, all layers at once; ridge 0.01 of the mean diagonal, as in the code"
@@ -161,6 +162,7 @@ class Refit(_Reconstruction):
     name = "refit"
     source = "this package; block OBS (Hassibi and Stork, NeurIPS 1993) as a pairwise cost"
     summary = "pairwise error of the next layer after its refit, chosen jointly by the solver"
+    uses = ("ridge",)
 
     def _cost(self, consumers: Consumers) -> Cost:
         pairs = sum(p.pairs() for p in self._problems(consumers))

@@ -149,6 +149,7 @@ class RefitLoss(Criterion):
         "greedy removal; errors at different positions count as independent; a constant is "
         f"refitted too; up to {POSITIONS} positions of an image, on a grid, enter the moments"
     )
+    uses = ("ridge",)
     allocation = "optimal"
 
     def observation(self, model, graph) -> LossSensitivity:

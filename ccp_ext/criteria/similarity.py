@@ -42,6 +42,7 @@ class _QSFM(Criterion):
     """
 
     kind: ClassVar[str]
+    uses = ("greedy",)
     note = (
         "the abstract says neither which map of a similar pair goes nor over which dynamic range "
         "the formulas work: the kept maps' summed similarity is minimised, or with greedy=True the "

@@ -18,6 +18,8 @@ MINI_BATCH = 32
 
 
 class _LossGradient(Criterion):
+    uses = ("site",)
+
     def statistics(self) -> dict[str, Any]:
         return {"site": self.options.site or "gate", "curvature": "empirical"}
 
@@ -58,6 +60,7 @@ class GroupFisher(Fisher):
         "(normalise='memory': values in the feature maps of convolutions; or 'macs', 'none') "
         "compares groups and changes nothing within one; one shot instead of pruning while training"
     )
+    uses = ("site", "normalise")
     allocation = "uniform"  # what is divided by a price is no change of the loss any more
 
     def __init__(self, options=None) -> None:
