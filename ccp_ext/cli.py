@@ -457,7 +457,11 @@ def _add_schedule(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         action="store_true",
         help="train with BatchNorm's running statistics, to which a refit was fitted",
     )
-    tuning.add_argument("--augment", choices=("crop_flip",), help="of the images")
+    tuning.add_argument(
+        "--augment",
+        choices=("crop_flip", "resized_crop_flip"),
+        help="of the images; resized_crop_flip is for photos in folders",
+    )
     tuning.add_argument("--channels-last", action="store_true", help="memory format")
     tuning.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     return tuning

@@ -14,6 +14,7 @@ from ccp_ext.checkpoints import load_model, model_factory
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place
+from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.graph import ChannelGraph, trace
 
 
@@ -24,6 +25,7 @@ class Subject(Protocol):
     weights: str
     data: str
     scope: str
+    finetune: FinetuneConfig | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
             no group is in the scope.
     """
     train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
+    if subject.finetune is not None:
+        train.check_augmentation(subject.finetune.augment)
     factory = model_factory(subject.model, train.num_classes, train.images.shape[1])
     model = load_model(factory, subject.weights)
     example = train.normalise(train.images[:1]).to(place(model, device))

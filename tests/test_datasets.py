@@ -88,7 +88,7 @@ def test_the_test_split_is_never_shuffled_or_augmented(options):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (
             {"batch_size": 4, "augment": "mixup"},
-            "augment must be None or \"crop_flip\", got 'mixup'",
+            "augment must be None or crop_flip or resized_crop_flip, got 'mixup'",
         ),
         ({"batch_size": 4, "start": 6}, r"start must be within 0..5 batches, got 6"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,79 @@ def test_indices_batches_and_subsets_agree_with_a_tensor(tree):
     assert torch.equal(x, train.normalise(pixels[index])) and y.tolist() == [1, 0, 1]
     moved = train.images.to("meta")
     assert moved.device.type == moved[:2].device.type == "meta"
+
+
+def crops_of(photo: np.ndarray, tmp_path, draws: list[list[float]]) -> torch.Tensor:
+    image.fromarray(photo).save(tmp_path / "photo.png")
+    photos = Photos([tmp_path / "photo.png"])
+    return photos.resized_crops(torch.zeros(len(draws), dtype=torch.int64), torch.tensor(draws))
+
+
+def test_a_resized_crop_is_the_part_that_its_draw_names(tmp_path):
+    """400 x 300 pixels in a ramp from left to right, and in another channel from top to bottom."""
+    ramp = np.zeros((300, 400, 3), np.uint8)
+    ramp[:, :, 0] = np.arange(400) // 2
+    ramp[:, :, 1] = np.arange(300)[:, None] // 2
+    square, most = 0.5, 1 - 2**-24  # ratio 1; the largest float32 draw
+    # A quarter of the area: 173 x 173 pixels, in the corners and mirrored.
+    share = (0.25 - 0.08) / 0.92
+    draws = [
+        [share, square, 0, 0, 0],
+        [share, square, most, most, 0],
+        [share, square, 0, 0, 0.5],
+        [most, square, 0.5, 0.5, 0],  # 346 x 346, cut to the height of 300
+        [0, 0, 0, 0, 0],  # 8%, 3:4, so 85 x 113
+        [0, most, 0, 0, 0],
+    ]
+    first, last, mirrored, whole, high, wide = crops_of(ramp, tmp_path, draws)
+    assert first.shape == (3, 224, 224) and torch.equal(mirrored, first.flip(2))
+
+    def spans(crop: torch.Tensor) -> list[int]:
+        return [int(v) for v in (*crop[0, 0, [0, -1]], *crop[1, [0, -1], 0])]
+
+    assert spans(first) == [0, 172 // 2, 0, 172 // 2]
+    assert spans(last) == [(400 - 173) // 2, 399 // 2, (300 - 173) // 2, 299 // 2]
+    assert spans(whole) == [27 // 2, (27 + 345) // 2, 0, 299 // 2]
+    assert spans(high) == [0, 84 // 2, 0, 112 // 2] and spans(wide) == [0, 112 // 2, 0, 84 // 2]
+
+
+def test_resized_crops_train_and_are_functions_of_the_seed(tree):
+    train = datasets.load(tree, "train")
+    options = dict(shuffle=True, augment="resized_crop_flip")
+    first, again, other = (
+        torch.cat([x for x, _ in train.batches(4, seed=seed, **options)]) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    ((rest, _),) = train.batches(4, seed=3, start=1, **options)
+    assert torch.equal(rest, first[4:])
+    with pytest.raises(InputError, match="the test split is for evaluation only"):
+        datasets.load(tree, "test").batches(4, augment="resized_crop_flip")
+
+
+def test_resized_crops_of_images_in_memory_are_refused_before_anything_runs(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    command = ["prune", "--model", "resnet8", "--weights", "none.pt", "--data", "digits"]
+    command += ["--macs", "0.5", "--epochs", "1", "--augment", "resized_crop_flip"]
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) != 0
+    assert "is for photos in folders" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_next_batch_is_decoded_while_one_is_in_use(tree, monkeypatch):
+    decoded, enough = [], threading.Event()
+
+    def decode(file: Path) -> np.ndarray:
+        decoded.append(file)
+        if len(decoded) == 4:
+            enough.set()
+        return np.zeros((224, 224, 3), np.uint8)
+
+    monkeypatch.setattr("ccp_ext.datasets.folder.read_window", decode)
+    batches = datasets.load(tree, "train").batches(2)
+    next(batches)
+    assert enough.wait(10) and len(decoded) == 4  # of the second, but not of the third
+    batches.close()
+    assert len(decoded) == 4
 
 
 def test_a_changed_file_changes_the_identity(tree):

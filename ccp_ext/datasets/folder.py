@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,11 +18,17 @@ from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.datasets.splitting import stratified_indices
 from ccp_ext.errors import InputError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # ImageNet's customary statistics, and the window that its networks are evaluated on.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SHORTER_SIDE, WINDOW = 256, 224
+BILINEAR, MIRROR = 2, 0  # of Pillow's Resampling and Transpose; Pillow is optional
+# Of the crops for training: the least share of a photo's area, and the most its sides differ by.
+LEAST_AREA, MOST_ASPECT = 0.08, 4 / 3
 # By split the folders that it may lie in.
 PARTS = {"train": ("train",), "test": ("val", "test")}
 
@@ -54,10 +62,14 @@ class Photos:
         if isinstance(index, int):
             return self[torch.tensor([index])][0]
         chosen = self.files[index] if isinstance(index, slice) else self._at(index)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            windows = list(pool.map(read_window, chosen))
-        stack = np.stack(windows) if windows else np.empty((0, WINDOW, WINDOW, 3), np.uint8)
-        return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().to(self.device)
+        return self._decoded(read_window, chosen)
+
+    def resized_crops(self, index: Tensor, draws: Tensor) -> Tensor:
+        """As ``self[index]``, but of each photo a random part, scaled to 224 x 224.
+
+        index: int64 ``[B]``; draws: float32 ``[B, 5]``, see :func:`read_crop`.
+        """
+        return self._decoded(read_crop, self._at(index), draws.tolist())
 
     def index_select(self, dim: int, index: Tensor) -> Photos:
         """The same for fewer files, which are not decoded yet; ``dim`` is 0, as with a tensor."""
@@ -71,6 +83,12 @@ class Photos:
         lines = (f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.files)
         digest = hashlib.sha256("\n".join(lines).encode()).digest()
         return torch.tensor(list(digest), dtype=torch.uint8)
+
+    def _decoded(self, read: Callable[..., np.ndarray], *arguments: Sequence) -> Tensor:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            windows = list(pool.map(read, *arguments))
+        stack = np.stack(windows) if windows else np.empty((0, WINDOW, WINDOW, 3), np.uint8)
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous().to(self.device)
 
     def _at(self, index: Tensor) -> list[Path]:
         if index.dtype == torch.bool:
@@ -122,19 +140,50 @@ def read(folder: Path, split: str) -> ImageSet:
 
 def read_window(file: Path) -> np.ndarray:
     """uint8 ``[224, 224, 3]``; InputError if the file cannot be decoded."""
+    return _read(file, _central_window)
+
+
+def read_crop(file: Path, draw: Sequence[float]) -> np.ndarray:
+    """uint8 ``[224, 224, 3]``: a random part of a photo (Szegedy et al. 2015, section 6).
+
+    draw: five numbers in [0, 1): area (from 8% of the photo's on), ratio of the sides (3/4 to 4/3,
+    uniform in its logarithm), place from left to right and from top to bottom, and whether it is
+    mirrored. A side that is longer than the photo is cut to it.
+
+    Raises InputError if the file cannot be decoded.
+    """
+    return _read(file, lambda photo: _resized_crop(photo, draw))
+
+
+def _central_window(photo: Image) -> Image:
+    width, height = (side * SHORTER_SIDE // min(photo.size) for side in photo.size)
+    left, top = round((width - WINDOW) / 2), round((height - WINDOW) / 2)
+    photo = photo.resize((width, height), BILINEAR)
+    return photo.crop((left, top, left + WINDOW, top + WINDOW))
+
+
+def _resized_crop(photo: Image, draw: Sequence[float]) -> Image:
+    share, aspect, across, down, mirrored = draw
+    area = photo.width * photo.height * (LEAST_AREA + (1 - LEAST_AREA) * share)
+    ratio = MOST_ASPECT ** (2 * aspect - 1)
+    width = max(1, min(photo.width, round(math.sqrt(area * ratio))))
+    height = max(1, min(photo.height, round(math.sqrt(area / ratio))))
+    left = int(across * (photo.width - width + 1))
+    top = int(down * (photo.height - height + 1))
+    crop = photo.crop((left, top, left + width, top + height)).resize((WINDOW, WINDOW), BILINEAR)
+    return crop.transpose(MIRROR) if mirrored >= 0.5 else crop
+
+
+def _read(file: Path, cut: Callable[[Image], Image]) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError:
         raise InputError(f"{file} needs Pillow to be decoded: pip install pillow") from None
     try:
         with Image.open(file) as photo:
-            photo = photo.convert("RGB")
-        width, height = (side * SHORTER_SIDE // min(photo.size) for side in photo.size)
-        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+            return np.asarray(cut(photo.convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} is not a readable picture: {error}") from error
-    left, top = round((width - WINDOW) / 2), round((height - WINDOW) / 2)
-    return np.asarray(photo)[top : top + WINDOW, left : left + WINDOW]
 
 
 def _part(folder: Path, split: str) -> Path | None:

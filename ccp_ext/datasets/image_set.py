@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,7 +13,12 @@ from torch import Tensor
 from ccp_ext.errors import InputError
 
 CROP_PADDING = 4
-AUGMENTATIONS = ("crop_flip",)
+AUGMENTATIONS = ("crop_flip", "resized_crop_flip")
+_NAMES = " or ".join(AUGMENTATIONS)
+_NOT_FOR_TRAINING = (
+    "the test split is for evaluation only and is neither shuffled nor augmented; use the training "
+    "split"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +76,7 @@ class ImageSet:
 
     def identity(self) -> tuple[Tensor, Tensor]:
         """By what the set is known: pixels, or a fingerprint of those on disk, and labels."""
-        in_memory = isinstance(self.images, Tensor)
-        return self.images if in_memory else self.images.fingerprint(), self.labels
+        return self.images if self._in_memory else self.images.fingerprint(), self.labels
 
     def num_batches(self, batch_size: int) -> int:
         """How many batches ``batches`` yields; the last may be smaller than the others."""
@@ -89,14 +94,31 @@ class ImageSet:
         """Yield ``(x, y)``: normalised float32 ``[B, C, H, W]`` and int64 labels ``[B]``.
 
         The order and the augmentation are functions of ``seed`` alone, the same on every device.
-        augment: None, or "crop_flip" (see crop_flip). device: where batches go, by default where
-        the images lie. start: the first batch to yield; the batches from there on are those of a
-        pass from 0.
+        augment: None, "crop_flip" (see crop_flip), or for photos on disk "resized_crop_flip" (see
+        ccp_ext.datasets.folder.read_crop). device: where batches go, by default where the images
+        lie. start: the first batch to yield; the batches from there on are those of a pass from 0.
+        Photos of the next batch are decoded while one is in use.
 
         Raises InputError for an option out of range, and for a shuffled or augmented test split.
         """
-        self._check_batch_options(batch_size, shuffle, augment, start)
-        return self._batches(batch_size, shuffle, seed, augment, device, start)
+        self._check_batch_options(batch_size, shuffle, start)
+        self.check_augmentation(augment)
+        batches = self._batches(batch_size, shuffle, seed, augment, device, start)
+        return batches if self._in_memory else _ahead(batches)
+
+    def check_augmentation(self, augment: str | None) -> None:
+        """Raises InputError for one that is unknown or that these images cannot have."""
+        if augment is None:
+            return
+        if augment not in AUGMENTATIONS:
+            raise InputError(f"augment must be None or {_NAMES}, got {augment!r}")
+        if self.split == "test":
+            raise InputError(f"{self.name}: {_NOT_FOR_TRAINING}")
+        if augment == "resized_crop_flip" and self._in_memory:
+            raise InputError(
+                f"augment 'resized_crop_flip' is for photos in folders, which are cut when they "
+                f"are decoded; {self.name} lies in memory at one size and takes crop_flip"
+            )
 
     def _batches(
         self,
@@ -112,16 +134,24 @@ class ImageSet:
         generator = torch.Generator().manual_seed(seed)
         count, home = len(self), self.images.device
         order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
-        draws = draw_crop_flips(count, generator) if augment else None
+        draws = _DRAWS[augment](count, generator) if augment else None
         target = torch.device(device) if device is not None else home
         for first in range(start * batch_size, count, batch_size):
             rows = slice(first, first + batch_size)
             index = order[rows].to(home)
+            if augment == "resized_crop_flip":
+                images = self.images.resized_crops(index, draws[rows])
+            else:
+                images = self.images[index]
             # Transferred as bytes, a quarter of the floats they become on the device.
-            images, labels = self.images[index].to(target), self.labels[index].to(target)
-            if draws is not None:
+            images, labels = images.to(target), self.labels[index].to(target)
+            if augment == "crop_flip":
                 images = crop_flip(images, draws[rows].to(target))
             yield self.normalise(images), labels
+
+    @property
+    def _in_memory(self) -> bool:
+        return isinstance(self.images, Tensor)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 ``[B, C, H, W]`` to float32 ``(pixel / 255 - mean) / std``."""
@@ -169,22 +199,24 @@ class ImageSet:
         if min(self.std) <= 0:
             raise InputError(f"{self.name}: std must be above 0, got {self.std}")
 
-    def _check_batch_options(
-        self, batch_size: int, shuffle: bool, augment: str | None, start: int
-    ) -> None:
+    def _check_batch_options(self, batch_size: int, shuffle: bool, start: int) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        if augment is not None and augment not in AUGMENTATIONS:
-            raise InputError(f'augment must be None or "crop_flip", got {augment!r}')
-        if self.split == "test" and (shuffle or augment):
-            raise InputError(
-                f"{self.name}: the test split is for evaluation only and is neither shuffled nor "
-                f"augmented; use the training split"
-            )
+        if self.split == "test" and shuffle:
+            raise InputError(f"{self.name}: {_NOT_FOR_TRAINING}")
         if not 0 <= start <= self.num_batches(batch_size):
             raise InputError(
                 f"start must be within 0..{self.num_batches(batch_size)} batches, got {start}"
             )
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, the next one made by another thread while one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def draw_crop_flips(count: int, generator: torch.Generator) -> Tensor:
@@ -213,3 +245,10 @@ def crop_flip(images: Tensor, draws: Tensor) -> Tensor:
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+# The random numbers of each image, by augmentation.
+_DRAWS = {
+    "crop_flip": draw_crop_flips,
+    "resized_crop_flip": lambda count, generator: torch.rand(count, 5, generator=generator),
+}

@@ -21,7 +21,8 @@ class FinetuneConfig:
     at the end of the last epoch (Loshchilov and Hutter 2017, without restarts); "step" multiplies
     by ``step_factor`` each time that a fraction in ``step_at`` of all epochs has passed.
     weight_decay: spares normalisation layers and biases (every parameter of one dimension) unless
-    ``decay_norm_and_bias``. augment: None or "crop_flip".
+    ``decay_norm_and_bias``. augment: None, "crop_flip" or, for photos, "resized_crop_flip"; see
+    :meth:`ccp_ext.datasets.ImageSet.batches`.
     distillation_weight, temperature: with a teacher the loss is (1 - weight) * cross-entropy +
     weight * temperature^2 * KL(teacher || model), both softened by the temperature (Hinton,
     Vinyals and Dean 2015); without one they have no effect.
@@ -116,6 +117,9 @@ _ACCEPTED: dict[str, tuple[str, Callable[[FinetuneConfig], bool]]] = {
     ),
     "mixup": ("a finite number of at least 0", lambda c: 0 <= c.mixup < math.inf),
     "ema_decay": ("at least 0 and below 1", lambda c: 0 <= c.ema_decay < 1),
-    "augment": ("None or crop_flip", lambda c: c.augment in (None, *AUGMENTATIONS)),
+    "augment": (
+        f"None or {' or '.join(AUGMENTATIONS)}",
+        lambda c: c.augment in (None, *AUGMENTATIONS),
+    ),
     "seed": ("an integer of at least 0", lambda c: _is_integer(c.seed) and c.seed >= 0),
 }
