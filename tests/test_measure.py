@@ -131,7 +131,7 @@ def test_the_table_is_a_staircase_up_to_the_next_width_measured(chain, table):
 
 
 def test_wide_sides_are_measured_at_wider_steps(chain, monkeypatch):
-    monkeypatch.setattr(measure, "MOST_STEPS", 3)
+    monkeypatch.setattr(measure.widths, "MOST_STEPS", 3)
     layers = measure.latency_table(*chain, widths=2, timer=tiles).layers
     assert layers["first"].out == (4, 8, 12) and layers["head"].inputs == (4, 8, 10)
 
@@ -252,7 +252,7 @@ def test_bad_tables_and_widths_are_named(chain, table, tmp_path):
 
 
 def test_resources_are_the_time_and_the_peak_above_the_start():
-    if measure._status_bytes("VmHWM") is None:
+    if measure.usage._status_bytes("VmHWM") is None:
         pytest.skip("needs Linux's /proc")
     with measure.resources("cpu") as used:
         time.sleep(0.05)
@@ -268,7 +268,7 @@ def test_resources_are_the_time_and_the_peak_above_the_start():
 
 
 def test_memory_that_the_allocator_keeps_does_not_hide_a_peak():
-    if measure._status_bytes("VmHWM") is None:
+    if measure.usage._status_bytes("VmHWM") is None:
         pytest.skip("needs Linux's /proc")
     for _ in range(2):
         blocks = [torch.ones(2**12) for _ in range(2**12)]  # 64 MiB in pieces of 16 KiB

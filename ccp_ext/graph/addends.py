@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ccp_ext import measure
+from ccp_ext.counting import as_arguments
 from ccp_ext.cutting import CONVOLUTIONS
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph.calls import Calls, users
@@ -34,7 +34,7 @@ def addends(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> dict
     """
     with training_flags_kept(model), random_state_kept(model):
         model.eval()
-        program = exported(model, measure.as_arguments(example_inputs))
+        program = exported(model, as_arguments(example_inputs))
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ccp_ext import measure
+from ccp_ext.counting import as_arguments
 from ccp_ext.cutting import CONVOLUTIONS
 from ccp_ext.evaluation import training_flags_kept
 from ccp_ext.graph.calls import Call, Calls, users
@@ -41,7 +41,7 @@ def feeders(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> dict
     """
     with training_flags_kept(model), random_state_kept(model):
         model.eval()
-        calls = exported(model, measure.as_arguments(example_inputs)).calls
+        calls = exported(model, as_arguments(example_inputs)).calls
     found = {}
     for path, module in model.named_modules():
         runs = calls.of_module(path) if isinstance(module, CONVOLUTIONS) else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ccp_ext import measure
+from ccp_ext.counting import as_arguments, parameters
 from ccp_ext.cutting import fingerprint
 from ccp_ext.eager import eager
 from ccp_ext.errors import InputError
@@ -42,7 +42,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
         InputError: the model cannot be exported, or the inputs are not tensors with elements.
     """
     model = eager(model)
-    arguments = measure.as_arguments(example_inputs)
+    arguments = as_arguments(example_inputs)
     for i, x in enumerate(arguments):
         if x.numel() == 0:
             raise InputError(f"example_inputs[{i}] has no elements, its shape is {tuple(x.shape)}")
@@ -178,7 +178,7 @@ def _graph(
         other_macs=0,
         other_parameters=0,
     )
-    return graph.with_totals(macs=probe.macs, parameters=measure.parameters(model))
+    return graph.with_totals(macs=probe.macs, parameters=parameters(model))
 
 
 def _layer(record: Record) -> Layer:
