@@ -75,6 +75,8 @@ def _prune(options: argparse.Namespace) -> None:
         model=options.model,
         weights=options.weights,
         data=options.data,
+        mean=options.mean,
+        std=options.std,
         macs=options.macs,
         params=options.params,
         activations=options.activations,
@@ -130,7 +132,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ccp_ext.evaluation import evaluate
     from ccp_ext.report import table
 
-    images = datasets.load(options.data, options.split)
+    images = datasets.load(options.data, options.split, mean=options.mean, std=options.std)
     factory = model_factory(options.model, images.num_classes, images.images.shape[1])
     model = load_model(factory, options.weights).to(_device(options.device))
     result = evaluate(model, images, batch_size=options.batch_size, progress=_progress(options))
@@ -159,6 +161,8 @@ def _compare(options: argparse.Namespace) -> None:
         model=options.model,
         weights=options.weights,
         data=options.data,
+        mean=options.mean,
+        std=options.std,
         criteria=options.criteria,
         macs=options.macs,
         params=options.params,
@@ -492,6 +496,13 @@ def _add_input(
         help="folder with CIFAR-10, or with photos by class (train/CLASS/*.jpg beside val, or "
         "CLASS/*.jpg), an .npz, or digits",
     )
+    for option in ("--mean", "--std"):
+        command.add_argument(
+            option,
+            type=_list_of(float),
+            help="of each channel, such as 0.5,0.5,0.5, for pixels of 0 to 1: what the model was "
+            "trained with, in place of the data's own",
+        )
     command.add_argument("--batch-size", type=int, default=128)
     command.add_argument("--device", default="auto", help=device)
     command.add_argument("--quiet", action="store_true", help="no progress bars")

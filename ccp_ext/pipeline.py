@@ -49,6 +49,7 @@ class PruneSettings:
 
     Attributes:
         model, weights, data: see :mod:`ccp_ext.checkpoints` and :func:`ccp_ext.datasets.load`.
+        mean, std: that the model's images are normalised by, in place of the data's own.
         macs, params, activations, latency, ratio: the budget, exactly one of them; see
             :func:`ccp_ext.allocation.allocate`.
         latency_table: file of a :class:`ccp_ext.LatencyTable`; None for one that is measured for a
@@ -73,6 +74,8 @@ class PruneSettings:
     model: str
     weights: str
     data: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     macs: float | int | None = None
     params: float | int | None = None
     activations: float | int | None = None

@@ -24,6 +24,8 @@ class Subject(Protocol):
     model: str
     weights: str
     data: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     scope: str
     finetune: FinetuneConfig | None
 
@@ -59,7 +61,10 @@ def load_inputs(subject: Subject, device: torch.device | str) -> Inputs:
         InputError: something is missing, unreadable or does not fit, the device cannot be used, or
             no group is in the scope.
     """
-    train, test = (datasets.load(subject.data, split) for split in ("train", "test"))
+    train, test = (
+        datasets.load(subject.data, split, mean=subject.mean, std=subject.std)
+        for split in ("train", "test")
+    )
     if subject.finetune is not None:
         train.check_augmentation(subject.finetune.augment)
     factory = model_factory(subject.model, train.num_classes, train.images.shape[1])

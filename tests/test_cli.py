@@ -17,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ccp_ext
-from ccp_ext import cli, compare, criteria, models, pipeline
+from ccp_ext import cli, compare, criteria, datasets, models, pipeline
+from ccp_ext.checkpoints import load_model
 from ccp_ext.criteria import gathering
+from ccp_ext.evaluation import evaluate
 from ccp_ext.files import locked
 from ccp_ext.subject import sample
 
@@ -68,6 +70,30 @@ def test_prune_then_evaluate(inputs, tmp_path, capsys):
         == 0
     )
     assert f"{stages[-1]['accuracy %']:.2f}" in capsys.readouterr().out
+
+
+def test_the_models_own_normalisation_takes_the_place_of_the_datas(inputs, tmp_path, capsys):
+    mean, std = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
+    own = ["--mean", "0.3,0.4,0.5", "--std", "0.2,0.3,0.25"]
+    model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
+    images = datasets.load(inputs / "data.npz", "test", mean=mean, std=std)
+    expected = evaluate(model, images, progress=False).loss
+    assert expected != evaluate(model, datasets.load(inputs / "data.npz", "test")).loss
+
+    command = prune_command(inputs, tmp_path / "run", repair="none")
+    assert cli.main([*command, *own]) == 0
+    stages = json.loads((tmp_path / "run" / "report.json").read_text())["stages"]
+    assert stages[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    subject = [str(word) for word in command[2:8]] + own + ["--batch-size", "32"]
+    assert cli.main(["evaluate", "--quiet", *subject]) == 0
+    assert f"{expected:.4f}" in capsys.readouterr().out
+    others = ["--macs", "0.5", "--criteria", "l1", "--seeds", "0", "--images", "32"]
+    others += ["--repair", "none", "--output", str(tmp_path / "comparison")]
+    assert cli.main(["compare", "--quiet", *subject, *others]) == 0
+    plain = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["plain"]
+    assert plain["all loss"] == pytest.approx(expected, rel=1e-6)
+    assert "mean must be 3 finite numbers" in complaint(capsys, [*command, "--mean", "0.5"])
+    assert "another folder" in complaint(capsys, command)
 
 
 def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):

@@ -71,7 +71,7 @@ class CompareSettings:
     """Everything that decides the outcome of ``ccp compare``.
 
     Attributes:
-        model, weights, data: see :mod:`ccp_ext.checkpoints` and :func:`ccp_ext.datasets.load`.
+        model, weights, data, mean, std: as of :class:`ccp_ext.pipeline.PruneSettings`.
         criteria: the arms, see :meth:`Arm.parse`; the random control is added if it is missing.
         macs, params: budgets, of one kind; see :func:`ccp_ext.allocation.allocate`.
         seeds: each draws the images of the statistics and of the repair, the random numbers of the
@@ -96,6 +96,8 @@ class CompareSettings:
     model: str
     weights: str
     data: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     criteria: tuple[str, ...] = ("taylor", "refit-loss", "ccp", "l1")
     macs: tuple[float | int, ...] = ()
     params: tuple[float | int, ...] = ()
