@@ -86,7 +86,7 @@ def rearranged(rows, r):
     the length of the removed columns' sum is least."""
     squares = rows.square().sum(0)
     removed = squares.argsort(stable=True)[:r].tolist()
-    for offered in sorted(set(range(rows.shape[1])) - set(removed)):
+    for offered in squares.argsort(stable=True)[r:].tolist():
         removed.append(offered)
         lengths = {k: float(sum(rows[:, j] for j in removed if j != k).norm()) for k in removed}
         removed.remove(min(lengths, key=lengths.get))

@@ -90,7 +90,8 @@ class CCPAuxiliary(SecondOrder):
     note = (
         "the construction is DCP's, since only the name is known: three heads at equal distances, "
         "weight 1, trained on the images of the statistics while the network stays as it is; "
-        "curvature 'logits' or 'empirical'; fine-tuning has three such heads too, drawn anew"
+        "curvature 'logits' or 'empirical'; fine-tuning has three such heads too, trained first in "
+        "the same way"
     )
     auxiliary_heads = 3
     site, curvature, first_order = "gate", "logits", False

@@ -49,15 +49,23 @@ class CCP(SecondOrder):
     name = "ccp"
     source = "Peng et al., ICML 2019, with the curvature and site that measured best here"
     summary = "pairwise second-order cost: logits' curvature at the gates, no first-order term"
+    note = (
+        "the source's objective is ccp-paper; the published share of each layer is not known, so "
+        "groups share the budget by the least sum of costs"
+    )
     site, curvature, first_order = "gate", "logits", False
     allocation = "optimal"
 
 
 @register
 class CCPPaper(SecondOrder):
-    """The published objective to the letter, and with one ratio for all groups as published."""
+    """The published objective to the letter."""
 
     name = "ccp-paper"
     source = "Peng et al., ICML 2019, Algorithm 1 and min b'S_hat b"
     summary = "the paper's objective: empirical J'Sigma J of the filter weights, with u"
+    note = (
+        "the layers, their shares, the number of images and the solver are not known: all groups "
+        "give the same share, and the choice is proven optimal or has a gap"
+    )
     site, curvature, first_order = "weight", "empirical", True

@@ -25,8 +25,7 @@ class Kwon(Criterion):
     summary = "pairwise Fisher of the gates, by rearranging the diagonal's mask greedily"
     note = (
         f"published for heads and filters of transformers; rows of {MINI_BATCH} samples; the "
-        "budget is the plan's; kept channels are offered in the order of their number; the tuning "
-        "of the masks' values is left to the compensation"
+        "budget is the plan's; the tuning of the masks' values is left to the compensation"
     )
     allocation = "optimal"
 
@@ -44,7 +43,8 @@ class Kwon(Criterion):
 def rearranged(gram: Tensor, r: int) -> Tensor:
     """The ``r`` least of the diagonal, after each kept channel was offered for removal once.
 
-    With it in the removed set, the channel goes back without which m'Sm is least.
+    They are offered from the least of the diagonal on. With one in the removed set, the channel
+    goes back without which m'Sm is least.
     """
     order = gram.diagonal().argsort(stable=True)
     removed = torch.zeros(len(gram), dtype=torch.bool)
@@ -52,7 +52,7 @@ def rearranged(gram: Tensor, r: int) -> Tensor:
     if r == 0:
         return removed
     total = gram @ removed.to(gram.dtype)
-    for offered in sorted(order[r:].tolist()):
+    for offered in order[r:].tolist():
         removed[offered] = True
         total = total + gram[offered]
         change = torch.where(removed, gram.diagonal() - 2 * total, torch.inf)

@@ -13,6 +13,8 @@ from ccp_ext.criteria.base import Criterion, register
 from ccp_ext.errors import InputError
 from ccp_ext.graph import Group, Slice
 
+_COUPLED = "of coupled channels the norm is that of all their layers' filters together"
+
 
 class _WeightScore(Criterion):
     def costs(self, model: nn.Module, graph, data) -> dict[str, Cost]:
@@ -36,6 +38,10 @@ class L1(_FilterNorm):
     name = "l1"
     source = "Li et al., ICLR 2017"
     summary = "sum of the absolute weights of the filter"
+    note = (
+        "one share for all groups instead of shares set by hand from each layer's sensitivity; "
+        f"{_COUPLED}"
+    )
     order = 1
 
 
@@ -44,6 +50,9 @@ class L2(_FilterNorm):
     name = "l2"
     source = "He et al., IJCAI 2018"
     summary = "Euclidean norm of the filter"
+    note = (
+        f"removed at once instead of set to zero while training goes on (soft pruning); {_COUPLED}"
+    )
     order = 2
 
 

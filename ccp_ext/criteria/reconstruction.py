@@ -162,6 +162,7 @@ class Refit(_Reconstruction):
     name = "refit"
     source = "this package; block OBS (Hassibi and Stork, NeurIPS 1993) as a pairwise cost"
     summary = "pairwise error of the next layer after its refit, chosen jointly by the solver"
+    note = "exact for one and for two channels, a sum over pairs for more; ridge as in osscar"
     uses = ("ridge",)
 
     def _cost(self, consumers: Consumers) -> Cost:

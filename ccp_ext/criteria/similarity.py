@@ -16,21 +16,28 @@ from ccp_ext.criteria.base import Criterion, register
 
 
 class _Similarity(MapAccumulator):
-    """The mean over images and tensors of the similarity of each pair of maps."""
+    """The mean over images and tensors of the similarity of each pair of maps, and of the energy,
+    the mean square, of each map."""
 
     def __init__(self, kind: str, model, group) -> None:
         super().__init__(model, group)
         self.kind = kind
         self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
         self.count = 0
 
     def add(self, view, maps) -> None:
-        mean = ops.map_similarity(in_unit_range(maps), self.kind).double()
-        self.total = self.total + mean * len(maps)
+        maps = in_unit_range(maps)
+        self.total = self.total + ops.map_similarity(maps, self.kind).double() * len(maps)
+        moments = ops.channel_moments(maps)
+        self.squares = self.squares + moments.square_sum / moments.count * len(maps)
         self.count += len(maps)
 
     def matrix(self) -> Tensor:
         return self.total / self.count
+
+    def energy(self) -> Tensor:
+        return self.squares / self.count
 
 
 class _QSFM(Criterion):
@@ -45,8 +52,8 @@ class _QSFM(Criterion):
     uses = ("greedy",)
     note = (
         "the abstract says neither which map of a similar pair goes nor over which dynamic range "
-        "the formulas work: the kept maps' summed similarity is minimised, or with greedy=True the "
-        "map of the closest pair goes that is more similar to the others; the range is that of a "
+        "the formulas work: the kept maps' summed similarity is minimised, or with greedy=True of "
+        "the closest pair the map with the smaller mean square goes; the range is that of a "
         "sample's maps in the layer; depthwise-separable channels are compared behind the "
         "depthwise convolution"
     )
@@ -56,28 +63,26 @@ class _QSFM(Criterion):
         return Activations(model, seen)
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
-        return {name: self._cost(data[name].matrix()) for name in data}
+        return {name: self._cost(data[name].matrix(), data[name].energy()) for name in data}
 
-    def _cost(self, matrix: Tensor) -> Cost:
+    def _cost(self, matrix: Tensor, energy: Tensor) -> Cost:
         S = matrix.clone().fill_diagonal_(0)
         if self.options.greedy:
-            return SearchedCost(S, S.sum(1), partial(_drop_from_closest_pairs, S))
+            return SearchedCost(S, S.sum(1), partial(_drop_from_closest_pairs, S, energy))
         return Cost(S, S.sum(1))
 
 
-def _drop_from_closest_pairs(similarity: Tensor, r: int) -> Tensor:
-    """``r`` times, of the closest pair left, the map whose similarities to all left sum to more."""
+def _drop_from_closest_pairs(similarity: Tensor, energy: Tensor, r: int) -> Tensor:
+    """``r`` times, of the closest pair left, the map with less energy."""
     left = similarity.detach().cpu().double().clone()
     left.fill_diagonal_(-torch.inf)
+    energy = energy.detach().cpu()
     removed = torch.zeros(len(left), dtype=torch.bool)
-    for _ in range(r):
-        kept = ~removed
-        pair = divmod(int(left.argmax()), len(left))
-        sums = left.nan_to_num(neginf=0.0).sum(1)
+    for k in range(r):
         # A last channel has no partner; there is nothing to compare.
-        gone = (
-            max(pair, key=lambda i: float(sums[i])) if kept.sum() > 1 else int(kept.int().argmax())
-        )
+        last = k == len(left) - 1
+        pair = (~removed).nonzero()[0] if last else divmod(int(left.argmax()), len(left))
+        gone = min((int(i) for i in pair), key=lambda i: float(energy[i]))
         removed[gone] = True
         left[gone] = left[:, gone] = -torch.inf
     return removed

@@ -26,11 +26,16 @@ class _LossGradient(Criterion):
 
 @register
 class Taylor(_LossGradient):
-    """|a_n| averaged over the samples; the published normalisation is by layer, so moot here."""
+    """|a_n| averaged over the samples, with a_n the derivative along the gate."""
 
     name = "taylor"
     source = "Molchanov et al., ICLR 2017"
     summary = "mean absolute first-order change of each sample's loss"
+    note = (
+        "summed over a map's positions, where the source takes their mean, and not divided by the "
+        "layer's norm: within a layer the choice is the same, and the sums are changes of the "
+        "loss, by which groups are compared; one shot instead of pruning while training"
+    )
     allocation = "optimal"
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
@@ -44,6 +49,7 @@ class Fisher(_LossGradient):
     name = "fisher"
     source = "Theis et al. 2018; Liu et al., ICML 2021 (Group Fisher), without cost normalisation"
     summary = "diagonal empirical Fisher: mean squared first-order change of each sample's loss"
+    note = "masks act at the gates; one shot instead of pruning while training"
     allocation = "optimal"
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
@@ -58,10 +64,10 @@ class GroupFisher(Fisher):
     note = (
         "masks act at the gates instead of the inputs of all convolutions; the division by memory "
         "(normalise='memory': values in the feature maps of convolutions; or 'macs', 'none') "
-        "compares groups and changes nothing within one; one shot instead of pruning while training"
+        "compares groups and changes nothing within one; the source ranks all channels by it, here "
+        "the sum over those removed is least; one shot instead of pruning while training"
     )
     uses = ("site", "normalise")
-    allocation = "uniform"  # what is divided by a price is no change of the loss any more
 
     def __init__(self, options=None) -> None:
         super().__init__(options)
@@ -70,8 +76,6 @@ class GroupFisher(Fisher):
             raise InputError(
                 f"normalise must be one of {', '.join(accepted)}; got {self.options.normalise!r}"
             )
-        if self.options.normalise == "none":
-            self.allocation = Fisher.allocation
 
     def costs(self, model, graph, data) -> dict[str, Cost]:
         scores = super().costs(model, graph, data)
