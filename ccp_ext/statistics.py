@@ -373,24 +373,33 @@ class Statistics(Mapping):
     def all_reduce(self, process_group: Any = None) -> Statistics:
         """Add up the sums of all ranks of ``torch.distributed``; a rank may have seen no sample.
 
-        Kept rows are gathered: every rank then holds those of all ranks, in the ranks' order.
+        Three messages for all groups together: their widths, their counts, and their sums one after
+        another, of which a copy is made for that time. Kept rows are gathered: every rank then
+        holds those of all ranks, in the ranks' order.
         """
         self._flush()
         reduce = partial(torch.distributed.all_reduce, group=process_group)
+        groups = list(self._groups.values())
         parameter = next(self.model.parameters())
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        for group in self._groups.values():
-            seen = 0 if group.gram_sum is None else len(group.gram_sum)
-            channels = torch.tensor([seen], device=parameter.device)
-            reduce(channels, torch.distributed.ReduceOp.MAX)
-            if not channels:
-                continue
-            if not seen:
-                group._allocate(parameter.new_zeros(1, int(channels), dtype=dtype))
-            count = torch.tensor([group.count], device=parameter.device)
-            for total in (*group._sums(), count):
-                reduce(total)
-            group.count = int(count)
+        seen = [0 if group.gram_sum is None else len(group.gram_sum) for group in groups]
+        widths = torch.tensor(seen, device=parameter.device)
+        reduce(widths, torch.distributed.ReduceOp.MAX)
+        for group, width in zip(groups, widths.tolist(), strict=True):
+            if width and group.gram_sum is None:
+                group._allocate(parameter.new_zeros(1, width, dtype=dtype))
+        groups = [group for group in groups if group.gram_sum is not None]
+        if not groups:
+            return self
+        counts = torch.tensor([group.count for group in groups], device=parameter.device)
+        sums = [total for group in groups for total in group._sums()]
+        joined = torch.cat([total.flatten() for total in sums])
+        reduce(counts)
+        reduce(joined)
+        for total, part in zip(sums, joined.split([t.numel() for t in sums]), strict=True):
+            total.copy_(part.view_as(total))
+        for group, count in zip(groups, counts.tolist(), strict=True):
+            group.count = count
             if self.keep_rows:
                 group.row_blocks = _all_gather_rows(group._joined_rows(), process_group)
         return self

@@ -606,11 +606,17 @@ WORKER = """
     # A rank may have seen nothing at all.
     rest = statistics_of(small_net(), {"g": "act1"}, data[:rank], **kept)
     rest.all_reduce()
+    # Groups of two widths share their messages.
+    both = statistics_of(small_net(), {"g": "act1", "h": "head"}, data, curvature="empirical")
+    both.all_reduce()
+    nothing = statistics_of(small_net(), {"g": "act1"}, [], curvature="empirical").all_reduce()
+    assert nothing["g"].count == 0
     torch.save(
         {
             "S": stats["g"].S, "u": stats["g"].u, "count": stats["g"].count,
             "rest": rest["g"].S, "rest count": rest["g"].count,
             "rows": stats["g"].rows, "rest rows": rest["g"].rows,
+            "both": {n: (both[n].S, both[n].u, both[n].absolute, both[n].count) for n in "gh"},
         },
         f"{out}.{rank}",
     )
@@ -646,6 +652,19 @@ def test_two_gloo_ranks_equal_one_process(tmp_path, pytestconfig):
     assert ranks[0]["count"] == one.count == 11
     assert relative_error(ranks[0]["S"], one.S) < 1e-14
     assert relative_error(ranks[0]["u"], one.u) < 1e-14
+    taps = {"g": "act1", "h": "head"}
+    both = statistics_of(
+        small_net(),
+        taps,
+        [batch(4, seed=0), batch(3, seed=1), batch(4, seed=2)],
+        curvature="empirical",
+    )
+    assert both["g"].S.shape != both["h"].S.shape
+    for name in taps:
+        S, u, absolute, count = ranks[1]["both"][name]
+        assert relative_error(S, both[name].S) < 1e-14 and count == 11
+        assert relative_error(u, both[name].u) < 1e-14
+        assert relative_error(absolute, both[name].absolute) < 1e-14
     rest = statistics_of(small_net(), {"g": "act1"}, [batch(4, seed=2)], curvature="empirical")
     assert [r["rest count"] for r in ranks] == [4, 4]
     assert torch.equal(ranks[0]["rest"], rest["g"].S) and torch.equal(ranks[1]["rest"], rest["g"].S)
