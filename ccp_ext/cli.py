@@ -176,6 +176,7 @@ def _compare(options: argparse.Namespace) -> None:
         repair_images=options.repair_images,
         repair_memory=options.repair_memory,
         finetune=_schedule(options),
+        distil=options.distil,
     )
     devices = [_device(name) for name in options.device.split(",")]
     result = compare.compare(settings, options.output, devices=devices, progress=_progress(options))
@@ -332,9 +333,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_repair_images(repair)
     tuning = _add_schedule(prune)
     tuning.add_argument(
-        "--distil", action="store_true", help="learn from the unpruned model's outputs as well"
-    )
-    tuning.add_argument(
         "--auxiliary-heads",
         type=int,
         help="classifiers inside the network (default: the criterion's, which are 3 of ccp-ac)",
@@ -468,6 +466,9 @@ def _add_schedule(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     tuning.add_argument("--channels-last", action="store_true", help="memory format")
     tuning.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    tuning.add_argument(
+        "--distil", action="store_true", help="learn from the unpruned model's outputs as well"
+    )
     return tuning
 
 

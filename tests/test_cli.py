@@ -303,6 +303,12 @@ def test_without_options_the_command_does_what_the_functions_do(monkeypatch):
         assert stop.value.args == (expected,)
 
 
+def test_distillation_of_a_comparison_without_epochs_is_refused(capsys):
+    subject = ("--model", "resnet8", "--weights", "w.pt", "--data", "digits")
+    command = ["compare", *subject, "--macs", "0.5", "--output", "run", "--distil"]
+    assert "distil is given, but there is no fine-tuning (epochs)" in complaint(capsys, command)
+
+
 @pytest.mark.parametrize("option", ["--distil", "--auxiliary-heads=2"])
 def test_options_of_fine_tuning_without_epochs_are_refused(option, inputs, tmp_path, capsys):
     error = complaint(capsys, [*prune_command(inputs, tmp_path / "run"), option])

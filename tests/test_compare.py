@@ -226,6 +226,75 @@ def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
     assert page.count("unpruned</text>") == 1
 
 
+def test_all_arms_and_the_control_are_distilled_and_logged(inputs, tmp_path):
+    schedule = FinetuneConfig(epochs=2, batch_size=32)
+    wanted = settings(
+        inputs, macs=(0.5,), seeds=(1,), repair=("none", "finetune"), finetune=schedule, distil=True
+    )
+    result = run(wanted, tmp_path / "run")
+    undistilled = run(dataclasses.replace(wanted, distil=False), tmp_path / "undistilled")
+    tuned = [row["repair"] == "finetune" for row in result["rows"]]
+    for changes, one, two in zip(tuned, result["rows"], undistilled["rows"], strict=True):
+        assert (one["all loss"] != two["all loss"]) == changes
+    control, plain = (
+        load_model(lambda: models.create("resnet8"), inputs / "weights.th") for _ in range(2)
+    )
+    data, test = (datasets.load(inputs / "data.npz", split) for split in ("train", "test"))
+    history = finetune.finetune(control, data, schedule, seed=1, teacher=plain, progress=False)
+    assert result["control"]["all loss"] == pytest.approx(evaluate(control, test).loss)
+
+    logs = tmp_path / "run" / "logs"
+    names = {f"{name}--macs--0.5--finetune--1.csv" for name in ("ccp", "l1", "random")}
+    assert {log.name for log in logs.iterdir()} == names | {"unpruned--macs--1.0--finetune--1.csv"}
+    for epoch, line in zip(
+        history, log_lines(logs / "unpruned--macs--1.0--finetune--1.csv"), strict=True
+    ):
+        assert line["epoch"] == str(epoch.epoch)
+        assert float(line["train_loss"]) == pytest.approx(epoch.train_loss)
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["distil"] is True
+    said = "2 epochs, of every model, the unpruned one too, with the unpruned model's outputs as"
+    assert said in explanation(result) and "(weight 0.5, temperature 4)" in explanation(result)
+    assert "Fine-tuning takes 2 epochs. best" in explanation(undistilled)
+
+
+def log_lines(path):
+    """The lines of a fine-tuning's log, without the seconds."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(file)]
+
+
+def test_distillation_goes_on_after_a_stop_to_the_same_rows_and_logs(inputs, tmp_path, monkeypatch):
+    wanted = settings(
+        inputs,
+        criteria=("l1",),
+        macs=(0.5,),
+        seeds=(0,),
+        repair=("finetune",),
+        finetune=FinetuneConfig(epochs=2, batch_size=32),
+        distil=True,
+    )
+    expected, output = run(wanted, tmp_path / "whole")["rows"], tmp_path / "broken"
+    epoch = Run.train_epoch
+
+    def stopped(run, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return epoch(run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_epoch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(wanted, output)
+    (broken,) = (output / "logs").iterdir()
+    assert len(log_lines(broken)) == 1
+    broken.write_text("damaged")
+    assert results(run(wanted, output)["rows"]) == results(expected)
+    logs = sorted((tmp_path / "whole" / "logs").iterdir())
+    assert len(logs) == 3
+    for log in logs:
+        assert log_lines(output / "logs" / log.name) == log_lines(log)
+
+
 def test_arms_are_fine_tuned_with_the_auxiliary_heads_of_their_criterion(
     inputs, tmp_path, monkeypatch
 ):
@@ -342,6 +411,7 @@ def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
         ({"repair": ("glue",)}, "repair must be none, or steps of fold, refit"),
         ({"repair": ("batchnorm+refit",)}, "in this order"),
         ({"repair": ("finetune",)}, "needs a schedule"),
+        ({"distil": True}, r"distil is given, but there is no fine-tuning \(epochs\)"),
         ({"images": 0}, "images must be at least 1, got 0"),
         ({"macs": (0.5, 1.5)}, "1.5"),
         ({"macs": (0.001,)}, "0.001"),

@@ -130,12 +130,15 @@ class Bench:
         return total, min(counts, default=None)
 
     def _finetune(self, slim: nn.Module, job: Job) -> measure.Resources:
+        log = self.folder.path / job.log
+        log.parent.mkdir(exist_ok=True)
         with measure.resources(self.device) as used:
             history = finetune(
                 slim,
                 self.inputs.train,
                 self.settings.finetune,
                 seed=job.seed,
+                teacher=self.inputs.model if self.settings.distil else None,
                 auxiliary=auxiliary_heads(
                     slim,
                     self.inputs,
@@ -145,6 +148,7 @@ class Bench:
                     progress=self.progress,
                 ),
                 checkpoint=self.folder.path / job.checkpoint,
+                log=log,
                 progress=self.progress,
             )
         # Of all epochs: some may have run before an interruption.

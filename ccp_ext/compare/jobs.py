@@ -39,6 +39,11 @@ class Job:
         return str(PurePosixPath(self.file).with_suffix(".heads.pt"))
 
     @property
+    def log(self) -> str:
+        """A line for each epoch of its fine-tuning."""
+        return f"logs/{PurePosixPath(self.file).stem}.csv"
+
+    @property
     def temporary_files(self) -> tuple[str, ...]:
         """Of no use once the row is written."""
         return self.checkpoint, self.heads

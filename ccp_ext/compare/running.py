@@ -34,7 +34,8 @@ def compare(
     """Make every row that the folder lacks, and the tables.
 
     Writes to the folder ``output``: ``settings.json``, ``plain.json``, a file for each row in
-    ``rows``, and at the end ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
+    ``rows``, for a row that is fine-tuned a CSV file of its epochs in ``logs``, and at the end
+    ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
 
     Args:
         devices: one process each, if there are several (a device may be named more than once);

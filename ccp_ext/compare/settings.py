@@ -88,6 +88,7 @@ class CompareSettings:
         repair_memory: as of :class:`ccp_ext.pipeline.PruneSettings`.
         finetune: the schedule of the step "finetune"; its seed is the row's. An arm of a criterion
             with auxiliary heads, ccp-ac, is fine-tuned with them.
+        distil: fine-tune with the plain model as teacher, all arms and the unpruned control.
 
     Raises:
         InputError: an option is out of range, or given twice.
@@ -111,6 +112,7 @@ class CompareSettings:
     repair_images: int = 10_000
     repair_memory: float = MEMORY
     finetune: FinetuneConfig | None = None
+    distil: bool = False
 
     def __post_init__(self) -> None:
         if CONTROL not in self.criteria:
@@ -130,6 +132,8 @@ class CompareSettings:
         if min(self.seeds) < 0:
             raise InputError(f"seeds must be at least 0, got {min(self.seeds)}")
         repair.check_memory(self.repair_memory)
+        if self.distil and self.finetune is None:
+            raise InputError("distil is given, but there is no fine-tuning (epochs)")
         _check_allocation(self.allocation)
         self.arms()
         for text in self.repair:

@@ -162,13 +162,28 @@ def explanation(result: Mapping[str, Any]) -> str:
         f"seed{'s' if seeds > 1 else ''} (mean ± standard deviation). The unpruned model has "
         f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
         f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
-        "% on all. best: the highest mean on the selection half; close: behind it by no more than "
-        f"the larger of the two spreads{_about_control(result)}. The spread is that of the seeds; "
-        f"the {report_images:,} "
-        "report images themselves leave a standard error of about "
+        f"% on all.{_about_finetuning(settings)} best: the highest mean on the selection half; "
+        "close: behind it by no more than the larger of the two spreads"
+        f"{_about_control(result)}. The spread is that of the seeds; the {report_images:,} report "
+        "images themselves leave a standard error of about "
         f"{_standard_error(result):.1f} points. peak MiB, the largest of statistics, choice and "
         f"repair: {memory}."
     )
+
+
+def _about_finetuning(settings: Mapping[str, Any]) -> str:
+    if not any("finetune" in repair.split("+") for repair in settings["repair"]):
+        return ""
+    schedule = settings["finetune"]
+    epochs = schedule["epochs"]
+    text = f" Fine-tuning takes {epochs} epoch{'s' if epochs > 1 else ''}"
+    if settings.get("distil"):  # files of earlier versions have none
+        text += (
+            ", of every model, the unpruned one too, with the unpruned model's outputs as targets "
+            f"beside the labels (weight {schedule['distillation_weight']:g}, temperature "
+            f"{schedule['temperature']:g})"
+        )
+    return text + "."
 
 
 def _about_control(result: Mapping[str, Any]) -> str:
