@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import dataclasses
 import math
 
 import pytest
@@ -290,6 +291,19 @@ def test_the_distillation_loss_is_the_formula():
     q, p = (own.double() / 3).softmax(1), (taught.double() / 3).softmax(1)
     expected = 0.7 * cross_entropy(own, y) + 0.3 * 9 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(run._loss(own, ((1.0, y),), taught), expected.float())
+
+
+def test_distillation_leaves_the_weight_of_auxiliary_heads_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    own, taught, *others = (torch.randn(5, 3, generator=generator) for _ in range(4))
+    y = torch.tensor([0, 1, 2, 0, 1])
+    config = FinetuneConfig(distillation_weight=0.3, auxiliary_weight=0.5)
+    alone = Run(None, None, None, config, None, None, False)
+    beside = dataclasses.replace(alone, auxiliary=lambda: others)
+    expected = alone._loss(own, ((1.0, y),), taught) + 0.5 * sum(
+        cross_entropy(logits, y) for logits in others
+    )
+    torch.testing.assert_close(beside._loss(own, ((1.0, y),), taught), expected)
 
 
 def test_a_teacher_of_other_classes_is_refused():

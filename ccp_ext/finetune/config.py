@@ -27,7 +27,7 @@ class FinetuneConfig:
     weight * temperature^2 * KL(teacher || model), both softened by the temperature (Hinton,
     Vinyals and Dean 2015); without one they have no effect.
     auxiliary_weight: with auxiliary heads their cross-entropies, times this, are added to the
-    model's (Zhuang et al. 2018); without them it has no effect.
+    model's loss, distilled or not (Zhuang et al. 2018); without them it has no effect.
     mixup: 0 for none, or alpha: each batch is blended with itself in another order, images and
     losses by one share drawn from Beta(alpha, alpha) (Zhang et al. 2018); train_accuracy then
     counts hits of the label with the larger share.

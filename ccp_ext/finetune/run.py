@@ -129,13 +129,16 @@ class Run:
         return torch.lerp(x[order], x, share), ((share, y), (1 - share, y[order]))
 
     def _loss(self, logits: Tensor, blend: Blend, taught: Tensor | None) -> Tensor:
-        config = self.config
         loss = self._cross_entropy(logits, blend)
+        if taught is not None:
+            loss = self._distilled(loss, logits, taught)
         if self.auxiliary is not None:
             heads = sum(self._cross_entropy(z.float(), blend) for z in self.auxiliary())
-            loss = loss + config.auxiliary_weight * heads
-        if taught is None:
-            return loss
+            loss = loss + self.config.auxiliary_weight * heads
+        return loss
+
+    def _distilled(self, loss: Tensor, logits: Tensor, taught: Tensor) -> Tensor:
+        config = self.config
         if taught.shape != logits.shape:
             raise InputError(
                 f"the teacher's logits have shape {tuple(taught.shape)}, the model's "
