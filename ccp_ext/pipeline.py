@@ -389,8 +389,8 @@ class _Rounds:
         )
         costs = self.criterion.costs(model, graph, data)
         if number == 1:
-            shown = snapshot.take(model, graph, costs, self.inputs.train)
-            shown.save(self.folder.path / "snapshot.safetensors")
+            shown = snapshot.take(model, graph, self.images, costs, progress=self.progress)
+            shown.save(self.folder.path / snapshot.FILE)
         chosen = settings.allocation
         return make_plan(
             graph,

@@ -21,6 +21,7 @@ from ccp_ext.evaluation import evaluate
 from ccp_ext.files import locked
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.finetune.run import Run
+from ccp_ext.plan import PruningPlan
 from ccp_ext.report.page import write as write_page
 from ccp_ext.report.summary import explanation, rank, summarise, tables
 from ccp_ext.run_folder import RunFolder
@@ -88,6 +89,8 @@ def test_each_row_is_the_model_that_ccp_prune_makes_with_its_seed(inputs, whole,
             assert row["all accuracy"] == pytest.approx(stage["accuracy %"])
             assert row["all loss"] == pytest.approx(stage["loss"])
             assert (row["MACs"], row["parameters"]) == (stage["MACs"], stage["parameters"])
+            groups = PruningPlan.load(folder / "plan.json").groups
+            assert row["kept"] == {name: len(group.kept) for name, group in groups.items()}
 
 
 def test_the_halves_are_those_of_the_official_order(inputs, whole):
@@ -135,7 +138,7 @@ def test_statistics_are_gathered_once_for_all_that_can_share_them(inputs, tmp_pa
     wanted = settings(inputs, criteria=("taylor", "ccp", "fisher", "ccp:diagonal"))
     run(wanted, tmp_path / "run")
     once = [("taylor", 0), ("ccp", 0), ("random", 0), ("taylor", 1), ("ccp", 1), ("random", 1)]
-    assert gathered == once
+    assert gathered == [*once, ("ccp", 0)]  # the last for the page
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_rows(inputs, whole, tmp_path):
@@ -153,7 +156,11 @@ def test_an_interrupted_comparison_goes_on_to_the_same_rows(inputs, whole, tmp_p
     kept = {path: path.stat().st_mtime_ns for path in (output / "rows").iterdir()}
     assert len(kept) == 9
     result = run(wanted, output)
+    kept[output / "snapshot.safetensors"] = (output / "snapshot.safetensors").stat().st_mtime_ns
+    run(wanted, output)
     assert results(result["rows"]) == results(whole[1]["rows"])
+    snapshots = [(folder / "snapshot.safetensors").read_bytes() for folder in (output, whole[0])]
+    assert snapshots[0] == snapshots[1]
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
@@ -204,6 +211,7 @@ def test_the_unpruned_model_is_the_control_of_fine_tuning(inputs, tmp_path):
     first, second = [row for row in result["rows"] if row["criterion"] == "unpruned"]
     assert [first["seed"], second["seed"]] == [0, 1]
     assert (first["budget"], first["repair"]) == (1.0, "finetune")
+    assert first["kept"] == result["plain"]["channels"]
     assert first["MACs kept"] == 1 and first["objective"] is None and first["repair seconds"] > 0
     model = load_model(lambda: models.create("resnet8"), inputs / "weights.th")
     finetune.finetune(model, datasets.load(inputs / "data.npz"), schedule, seed=1, progress=False)
@@ -456,6 +464,11 @@ def test_the_best_and_those_within_its_spread_are_marked():
     assert found[0]["seeds"] == 3 and found[3]["selection accuracy spread"] is None
 
 
+def test_the_channels_kept_are_averaged_by_group():
+    rows = [row("a", 0, 90.0, kept={"x": 3, "y": 8}), row("a", 1, 90.0, kept={"x": 4, "y": 8})]
+    assert summarise(rows)[0]["kept"] == {"x": 3.5, "y": 8}
+
+
 def test_a_figure_that_a_row_lacks_is_not_averaged():
     rows = [row("a", seed, 90.0, **{"choice MiB": figure}) for seed, figure in enumerate((3, None))]
     assert summarise(rows)[0]["choice MiB"] is summarise(rows[::-1])[0]["choice MiB"] is None
@@ -507,6 +520,7 @@ def test_the_command_line_writes_and_prints_the_tables(inputs, tmp_path, capsys)
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result["rows"]) == 24
     assert {row["criterion"]: row["allocation"] for row in rows} == taken
+    assert "kept" not in rows[0]
     assert float(rows[3]["report loss"]) == result["rows"][3]["report loss"]
     markdown = (output / "comparison.md").read_text()
     for title, lines in tables(result):

@@ -15,13 +15,14 @@ import torch
 
 from ccp_ext import cli, models, trace
 from ccp_ext.cost import Cost
+from ccp_ext.criteria import gathering
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.plan import PruningPlan
 from ccp_ext.report import page, snapshot, svg
 from ccp_ext.statistics import collect
 
-VOID = {"meta", "img", "br", "circle", "line", "polyline", "polygon", "path"}
+VOID = {"meta", "img", "br", "wbr", "circle", "line", "polyline", "polygon", "path"}
 
 
 def command(name, inputs, output, *options):
@@ -130,13 +131,58 @@ def test_the_page_of_a_comparison_shows_its_tables_and_charts(comparison):
     assert cells.count("best") == 2
 
 
-def test_a_criterion_without_pairwise_terms_has_a_page_too(inputs, tmp_path):
+def test_the_page_of_a_comparison_shows_channels_matrices_and_maps(comparison):
+    text = (comparison / "report.html").read_text(encoding="utf-8")
+    outline = Outline(text)
+    result = json.loads((comparison / "comparison.json").read_text())
+    groups, arms = result["plain"]["channels"], result["settings"]["criteria"]
+    assert len(outline.all("rect")) == 2 * (len(arms) * len(groups) + 11)  # 11: the keys
+    for budget in (0.7, 0.5):
+        for arm in arms:
+            of_arm = {"budget": budget, "criterion": arm}
+            kept = [row["kept"] for row in result["rows"] if of_arm.items() <= row.items()]
+            for group, channels in groups.items():
+                share = sum(counts[group] for counts in kept) / (2 * channels)
+                assert f"{arm}, {group}: {share:.0%}" in outline.text("title")
+    assert f"Channels kept by layer, macs {budget}, in percent" in outline.text("caption")
+    kinds = [image["class"] for image in outline.all("img")]
+    assert kinds.count("matrix") == len(groups) == 3
+    assert kinds.count("map") >= 1 + 2 * 3
+    assert "costs of ccp, gathered from 96 training images" in text
+
+
+def test_a_comparison_of_an_earlier_version_has_a_page_without_these(comparison, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(comparison, older)
+    (older / "snapshot.safetensors").write_text("damaged")
+    with pytest.raises(InputError, match="snapshot.safetensors"):
+        page.write(older)
+    (older / "snapshot.safetensors").unlink()
+    result = json.loads((older / "comparison.json").read_text())
+    del result["plain"]["channels"], result["settings"]["distil"]
+    for entry in (*result["rows"], *result["summary"]):
+        del entry["kept"]
+    (older / "comparison.json").write_text(json.dumps(result))
+    outline = Outline(page.write(older).read_text(encoding="utf-8"))
+    assert not outline.all("img") and not outline.all("rect")
+    headings = ["Accuracy against cost", "Ranks", "Tables", "Settings"]
+    assert outline.text("h2") == headings
+
+
+def test_a_criterion_without_pairwise_terms_has_a_page_with_those_of_ccp(inputs, tmp_path):
     output = tmp_path / "run"
     options = ("--macs", 0.5, "--criterion", "l1")
     assert cli.main(command("prune", inputs, output, *options)) == 0
     assert page.write(output, tmp_path / "page.html") == tmp_path / "page.html"
-    assert "scores each channel by itself" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "scores each channel by itself. These are the pairwise costs of ccp, gathered" in text
+    assert "no channel was chosen by them" in text and text.count('class="matrix"') == 3
     assert not (output / "report.html").exists()
+
+
+def test_a_criterion_of_its_own_matrices_shows_those(run):
+    assert snapshot.Snapshot.load(run / "snapshot.safetensors").note == ""
+    assert "chosen by them" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_a_run_or_with_a_damaged_one_is_refused(run, tmp_path, capsys):
@@ -216,7 +262,7 @@ def test_a_snapshot_comes_back_and_holds_the_maps_of_the_gates(tmp_path):
     x = images.normalise(images.images[:1])
     graph = trace(model, x).inner
     costs = {g.name: Cost(torch.eye(g.channels), torch.ones(g.channels)) for g in graph.groups}
-    taken = snapshot.take(model, graph, costs, images)
+    taken = snapshot.take(model, graph, images, costs)
     taken.save(tmp_path / "s.safetensors")
     read = snapshot.Snapshot.load(tmp_path / "s.safetensors")
     for group in graph.groups:  # ResNet-8 has three
@@ -230,6 +276,71 @@ def test_a_snapshot_comes_back_and_holds_the_maps_of_the_gates(tmp_path):
         assert torch.equal(read.maps[group.name], seen[0][0])
         assert torch.equal(read.S[group.name], cost.S) and torch.equal(read.u[group.name], cost.u)
     assert torch.equal(read.image, images.images[0])
+
+
+@pytest.fixture
+def scene():
+    """A model, its graph, and a few images more than a snapshot takes."""
+    torch.manual_seed(0)
+    model = models.create("resnet8").eval()
+    pixels = torch.randint(0, 256, (snapshot.IMAGES + 8, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(len(pixels)) % 10
+    images = ImageSet(pixels, labels, (0.5,) * 3, (0.2,) * 3, 10, "noise")
+    return model, trace(model, images.normalise(pixels[:1])).inner, images
+
+
+def test_costs_that_are_not_pairwise_are_shown_beside_those_of_ccp(scene):
+    model, graph, images = scene
+    scores = {g.name: Cost(u=torch.ones(g.channels)) for g in graph.groups}
+    taken = snapshot.take(model, graph, images, scores, progress=False)
+    few = images.subset(range(snapshot.IMAGES))
+    with collect(model, graph, first_order=False) as stats:
+        for x, y in few.batches(snapshot.BATCH_SIZE):
+            stats.backward(model(x), y)
+    assert list(taken.S) == list(stats) and not taken.u
+    for name in stats:
+        torch.testing.assert_close(taken.S[name], stats[name].S)
+    assert f"from {snapshot.IMAGES} training images" in taken.note
+
+
+def test_a_model_without_derivatives_has_a_snapshot_without_matrices(scene, monkeypatch, tmp_path):
+    def refused(*arguments, **options):
+        raise RuntimeError("no derivative of this operator")
+
+    monkeypatch.setattr(gathering, "collect", refused)
+    taken = snapshot.take(*scene, progress=False)
+    taken.save(tmp_path / "s.safetensors")
+    read = snapshot.Snapshot.load(tmp_path / "s.safetensors")
+    assert not read.S and len(read.maps) == 3
+    assert read.note.endswith("from this model: no derivative of this operator.")
+
+
+def test_the_channels_of_a_matrix_without_a_plan_stand_by_what_each_costs_alone(tmp_path):
+    S = torch.diag(torch.tensor([1.0, 8.0, 4.0]))
+    u = torch.tensor([0.0, 3.5, 0.0])  # costs: 0.5, 0.5, 2
+    blank = torch.zeros(3, 4, 4)
+    taken = snapshot.Snapshot(torch.zeros(3, 4, 4).byte(), {"g": S}, {"g": u}, {"g": blank})
+    taken.save(tmp_path / "s.safetensors")
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_heat_map", lambda *given: shown.append(given) or "")
+        page._of_plain_model(tmp_path / "s.safetensors")
+    [(group, _, arranged)] = shown
+    assert group == "g" and arranged.order == [2, 0, 1] and arranged.parted is None
+
+
+def test_the_fuller_a_cell_the_darker_it_is():
+    rows = [("first", [0.0, 0.25]), ("<second>", [1.0, 0.5])]
+    outline = Outline(svg.shares("title", "kept", rows, ["one", "two"]))
+    cells = outline.all("rect")[11:]
+    assert [float(cell["fill-opacity"]) for cell in cells] == [0, 0.25, 1, 0.5]
+    assert cells[0]["y"] == cells[1]["y"] < cells[2]["y"]
+    assert cells[0]["x"] == cells[2]["x"] < cells[1]["x"]
+    assert "<second>, one: 100%" in outline.text("title")
+    many = [f"group{k}" for k in range(100)]
+    text = svg.shares("title", "kept", [("first", [0.5] * 100)], many)
+    shown = sum(name in Outline(text).text("text") for name in many)
+    assert 20 < shown <= 460 / 13  # those that do not touch
 
 
 def test_charts_hold_all_their_points_inside():

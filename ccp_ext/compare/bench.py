@@ -41,21 +41,25 @@ class Bench:
         return self.inputs.example.device
 
     def plain(self) -> dict[str, Any]:
-        """The unpruned model, and how many images the halves hold."""
+        """The unpruned model, its channels by group, and how many images the halves hold."""
         images = len(self.inputs.test)
-        halves = {"selection images": images // 2, "report images": images - images // 2}
-        return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | halves
+        found = {"selection images": images // 2, "report images": images - images // 2}
+        found["channels"] = {group.name: group.channels for group in self.inputs.graph.groups}
+        return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | found
 
     def row(self, job: Job) -> dict[str, Any]:
         model, chosen = copy.deepcopy(self.inputs.model), {}
+        kept = {group.name: group.channels for group in self.inputs.graph.groups}
         gathering = choosing = measure.Resources(0.0, 0.0)
         if job.criterion != UNPRUNED:
             plan, gathering, choosing = self._plan(job)
             model = surgery.prune(model, plan)
             chosen = plan.record["allocation"]
+            kept |= {name: len(group.kept) for name, group in plan.groups.items()}
         repairing, images = self._repair(model, job)
         row = dataclasses.asdict(job) | self._size(model)
         row |= {"allocation": chosen.get("method"), "objective": chosen.get("objective")}
+        row["kept"] = kept
         row |= self._evaluations(model)
         row["repair images"] = images
         for name, used in zip(COSTS, (gathering, choosing, repairing), strict=True):

@@ -18,9 +18,10 @@ from ccp_ext.compare.jobs import Job, all_jobs
 from ccp_ext.compare.settings import CompareSettings
 from ccp_ext.errors import InputError
 from ccp_ext.pipeline import check_statistics
+from ccp_ext.report import snapshot
 from ccp_ext.report.summary import as_csv, as_markdown, control, rank, summarise
 from ccp_ext.run_folder import RunFolder
-from ccp_ext.subject import Inputs, load_inputs
+from ccp_ext.subject import Inputs, load_inputs, sample
 
 
 def compare(
@@ -35,7 +36,8 @@ def compare(
 
     Writes to the folder ``output``: ``settings.json``, ``plain.json``, a file for each row in
     ``rows``, for a row that is fine-tuned a CSV file of its epochs in ``logs``, and at the end
-    ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
+    ``snapshot.safetensors`` (matrices and maps for the page), ``comparison.json``,
+    ``comparison.csv`` and ``comparison.md``.
 
     Args:
         devices: one process each, if there are several (a device may be named more than once);
@@ -45,10 +47,10 @@ def compare(
     Returns:
         {"settings", "plain", "rows", "summary", "control", "ranks"}; of the last three see
         :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
-        their shares that are kept, the allocation that was taken and its forecast objective,
-        accuracy (percent) and loss on the halves of the test set and on the whole, the images that
-        every layer had in the refits, and the seconds and peak memory (MiB) of statistics, choice
-        and repair.
+        their shares that are kept, the allocation that was taken and its forecast objective, how
+        many channels each group keeps ("kept"), accuracy (percent) and loss on the halves of the
+        test set and on the whole, the images that every layer had in the refits, and the seconds
+        and peak memory (MiB) of statistics, choice and repair.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend, and a folder that
@@ -84,6 +86,7 @@ def _compare(
         _make_rows_in_parallel(settings, folder, missing, devices, say)
     # Of rows after which a run was stopped.
     folder.remove(*(name for job in jobs for name in job.temporary_files))
+    _take_snapshot(settings, inputs, folder, progress)
     rows = [_read_row(folder, job) for job in jobs]
     result = {
         "settings": dataclasses.asdict(settings),
@@ -97,6 +100,16 @@ def _compare(
     files.write_text(folder.path / "comparison.csv", as_csv(rows))
     files.write_text(folder.path / "comparison.md", as_markdown(result))
     return result
+
+
+def _take_snapshot(
+    settings: CompareSettings, inputs: Inputs, folder: RunFolder, progress: bool
+) -> None:
+    """What the page shows of the plain model; behind the rows, whose memory is measured."""
+    file = folder.path / snapshot.FILE
+    if not file.exists():
+        images = sample(inputs.train, snapshot.IMAGES, settings.seeds[0], "statistics")
+        snapshot.take(inputs.model, inputs.graph, images, progress=progress).save(file)
 
 
 def _check(settings: CompareSettings, inputs: Inputs) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ccp_ext.errors import InputError
 from ccp_ext.ops import map_similarity
 from ccp_ext.plan import PruningPlan
 from ccp_ext.report import summary, svg
-from ccp_ext.report.snapshot import Snapshot
+from ccp_ext.report.snapshot import FILE, Snapshot
 from ccp_ext.tables import cell
 
 PAIRS = 4
@@ -48,6 +49,7 @@ caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;
   font-size: .92rem; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tbody th { font-weight: 400; }
+th:first-child { white-space: normal; }
 tr.best > * { font-weight: 700; }
 svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } .middle { text-anchor: middle; } .end { text-anchor: end; }
@@ -58,6 +60,7 @@ svg text { fill: var(--ink); } .middle { text-anchor: middle; } .end { text-anch
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .c6 { color: var(--c6); } .c7 { color: var(--c7); }
 .kept { fill: var(--mark); } .gone { fill: var(--faint); }
+.share { fill: var(--mark); stroke: var(--rule); stroke-width: .5; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pictures figure { margin: 0; }
 img { image-rendering: pixelated; border: 1px solid var(--rule); }
 img.map { width: 96px; height: 96px; }
@@ -117,6 +120,8 @@ def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
             _table("Ranks", result["ranks"]),
         ),
         _section("Tables", *(_table(title, rows) for title, rows in summary.tables(result))),
+        _kept_by_layer(result),
+        *_of_plain_model(folder / FILE),
         _section("Settings", _facts(result["settings"])),
     )
 
@@ -144,14 +149,71 @@ def _accuracy_chart(result: Mapping[str, Any], repair: str) -> str:
     return _figure(chart, f"Repair: {repair}. Bars: one standard deviation over the seeds.")
 
 
+def _kept_by_layer(result: Mapping[str, Any]) -> str:
+    """A picture for each budget; nothing for files of earlier versions, which have no counts."""
+    channels = result["plain"].get("channels")
+    if channels is None:
+        return ""
+    kept: dict[str, dict[str, Mapping[str, float]]] = {}
+    for entry in result["summary"]:  # of all repairs, before which the same channels were chosen
+        kept.setdefault(f"{entry['kind']} {entry['budget']}", {})[entry["criterion"]] = {
+            group: entry["kept"][group] / count for group, count in channels.items()
+        }
+    parts = []
+    for budget, shares in kept.items():
+        arms = [name for name in result["settings"]["criteria"] if name in shares]
+        rows = [(name, list(shares[name].values())) for name in arms]
+        title = f"Channels kept by layer, {budget}"
+        percent = [
+            {"group": group, **{name: f"{100 * shares[name][group]:.0f}" for name in arms}}
+            for group in channels
+        ]
+        chart = svg.shares(title, "kept", rows, list(channels))
+        parts.append(
+            _figure(chart, f"Budget: {budget}. Mean over the seeds.")
+            + _details("As a table", _table(f"{title}, in percent", percent))
+        )
+    return _section("Channels kept by layer", *parts)
+
+
+def _of_plain_model(file: Path) -> list[str]:
+    """Matrices and maps; nothing for folders of earlier versions, which have no such file."""
+    if not file.is_file():
+        return []
+    snapshot = Snapshot.load(file)
+
+    def arrange(group: str) -> _Arranged:
+        S = snapshot.S[group]
+        alone = 0.5 * S.diagonal() - _linear(S, snapshot.u.get(group))
+        order = alone.argsort(descending=True, stable=True).tolist()
+        return _Arranged(order, f"{len(order)} channels")
+
+    order = (
+        "Channels stand in the order of what the removal of each alone costs, the dearest first."
+    )
+    return [
+        _matrices(snapshot, arrange, order),
+        _alike(snapshot, lambda group, channel: f"{channel}"),
+    ]
+
+
 # --- a run ---------------------------------------------------------------------------------------
 
 
 def _run(folder: Path, report: Mapping[str, Any]) -> str:
     plan = PruningPlan.load(folder / "plan.json")
-    snapshot = Snapshot.load(folder / "snapshot.safetensors")
+    snapshot = Snapshot.load(folder / FILE)
     settings, stages = report["settings"], report["stages"]
     first, last = stages[0], stages[-1]
+
+    def fate(group: str, channel: int) -> str:
+        return f"{channel} {'stays' if channel in plan.groups[group].kept else 'goes'}"
+
+    def arrange(group: str) -> _Arranged:
+        kept, channels = plan.groups[group].kept, plan.groups[group].channels
+        removed = sorted(set(range(channels)) - set(kept))
+        return _Arranged([*kept, *removed], f"{len(kept)} of {channels} stay", len(kept))
+
     return _page(
         f"{settings['model']} pruned by {settings['criterion']}",
         _paragraph(
@@ -167,8 +229,12 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
         ),
         _forecast(report.get("forecast", [])),
         _section("Channels", *_channels(plan)),
-        _section("Pairwise costs", *_matrices(plan, snapshot)),
-        _section("Feature maps that are alike", *_alike(plan, snapshot)),
+        _matrices(
+            snapshot,
+            arrange,
+            "Channels that stay come first, and the lines part them from the removed ones.",
+        ),
+        _alike(snapshot, fate),
         _section("Settings", _facts(settings)),
     )
 
@@ -228,40 +294,64 @@ def _channels(plan: PruningPlan) -> list[str]:
     ]
 
 
-def _matrices(plan: PruningPlan, snapshot: Snapshot) -> list[str]:
+@dataclass(frozen=True)
+class _Arranged:
+    """The channels of a group as they stand in its matrix.
+
+    Attributes:
+        order: all of them.
+        size: what to say of them.
+        parted: how many stand before a line, if there is to be one.
+    """
+
+    order: list[int]
+    size: str
+    parted: int | None = None
+
+
+def _matrices(snapshot: Snapshot, arrange: Callable[[str], _Arranged], order: str) -> str:
+    """Heat maps, with the channels of a group as ``arrange`` has them, in words ``order``."""
+    title = "Pairwise costs"
     if not snapshot.S:
-        return [_paragraph("This criterion scores each channel by itself.")]
-    pictures = []
-    for name, S in snapshot.S.items():
-        kept, removed = _split(plan, name)
-        matrix = s_hat(S, snapshot.u.get(name))
-        ordered = matrix[kept + removed][:, kept + removed]
-        scale = float(np.quantile(np.abs(ordered), 0.98)) or 1.0
-        pixels = _enlarged(_diverging(_shrunk(ordered) / scale))
-        pixels = _with_border(pixels, len(kept) / len(ordered))
-        pictures.append(
-            _figure(
-                _image(pixels, "matrix", f"Heat map of S-hat of {name}"),
-                f"{name}: {len(kept)} of {len(ordered)} stay; colours to ±{scale:.2g}",
-            )
-        )
-    return [
+        note = snapshot.note or "This criterion scores each channel by itself."
+        return _section(title, _paragraph(note))
+    return _section(
+        title,
+        *([_paragraph(snapshot.note)] if snapshot.note else []),
         _paragraph(
-            "Ŝ of the objective β'Ŝβ, whose sum over the channels that stay is made small. Those "
-            "that stay come first, and the lines part them from the removed ones. Blue is "
-            "negative, red positive."
+            "Ŝ of the objective β'Ŝβ, whose sum over the channels that stay is made small. "
+            f"{order} Blue is negative, red positive."
         ),
-        _row(pictures),
-    ]
+        _row(
+            _heat_map(group, s_hat(S, snapshot.u.get(group)), arrange(group))
+            for group, S in snapshot.S.items()
+        ),
+    )
+
+
+def _heat_map(group: str, matrix: np.ndarray, arranged: _Arranged) -> str:
+    ordered = matrix[arranged.order][:, arranged.order]
+    scale = float(np.quantile(np.abs(ordered), 0.98)) or 1.0
+    pixels = _enlarged(_diverging(_shrunk(ordered) / scale))
+    if arranged.parted is not None:
+        pixels = _with_border(pixels, arranged.parted / len(ordered))
+    return _figure(
+        _image(pixels, "matrix", f"Heat map of S-hat of {group}"),
+        f"{group}: {arranged.size}; colours to ±{scale:.2g}",
+    )
 
 
 def s_hat(S: Tensor, u: Tensor | None) -> np.ndarray:
     """The matrix of min b'S_hat b over KEPT masks b; see GroupStatistics.s_hat."""
-    linear = torch.zeros(len(S)) if u is None else u
-    return (0.5 * S + torch.diag(linear - S.sum(1))).numpy()
+    return (0.5 * S + torch.diag(_linear(S, u) - S.sum(1))).numpy()
 
 
-def _alike(plan: PruningPlan, snapshot: Snapshot) -> list[str]:
+def _linear(S: Tensor, u: Tensor | None) -> Tensor:
+    return torch.zeros(len(S)) if u is None else u
+
+
+def _alike(snapshot: Snapshot, label: Callable[[str, int], str]) -> str:
+    """Pairs of maps, with the ``label`` of a group and its channel."""
     parts = [
         _paragraph(
             "The pairs of channels whose maps of one training image are most alike by structural "
@@ -272,18 +362,17 @@ def _alike(plan: PruningPlan, snapshot: Snapshot) -> list[str]:
         ),
     ]
     for name, maps in snapshot.maps.items():
-        kept, _ = _split(plan, name)
         figures = [
             _figure(
                 _image(pixels, "map", f"Map of channel {i}")
                 + _image(others, "map", f"Map of channel {j}"),
-                f"{_fate(i, kept)}, {_fate(j, kept)}: {value:.3f}",
+                f"{label(name, i)}, {label(name, j)}: {value:.3f}",
             )
             for i, j, value in _most_similar(maps)
             for pixels, others in [_greys(maps[[i, j]])]
         ]
         parts.append(f"<h3>{escape(name)}</h3>" + _row(figures))
-    return parts
+    return _section("Feature maps that are alike", *parts)
 
 
 def _most_similar(maps: Tensor) -> list[tuple[int, int, float]]:
@@ -302,16 +391,6 @@ def _most_similar(maps: Tensor) -> list[tuple[int, int, float]]:
         pairs.append((i, j, value))
         values[[i, j]] = values[:, [i, j]] = -torch.inf
     return pairs
-
-
-def _split(plan: PruningPlan, group: str) -> tuple[list[int], list[int]]:
-    """The channels of a group that stay and those that go."""
-    kept = plan.groups[group].kept
-    return list(kept), sorted(set(range(plan.groups[group].channels)) - set(kept))
-
-
-def _fate(channel: int, kept: Sequence[int]) -> str:
-    return f"{channel} {'stays' if channel in kept else 'goes'}"
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -416,6 +495,7 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
         name, *values = (escape(cell(value)) for value in row.values())
         best = ' class="best"' if "best" in row.values() else ""
         cells = "".join(f"<td>{value}</td>" for value in values)
+        name = name.replace(":", ":<wbr>")  # where the long name of an arm may break
         lines.append(f'<tr{best}><th scope="row">{name}</th>{cells}</tr>')
     label = escape(caption)
     return (

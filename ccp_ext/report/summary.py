@@ -20,11 +20,12 @@ UNPRUNED = "unpruned"
 def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each budget, repair and arm: means and standard deviations over the seeds.
 
-    Every number of a row appears as its mean, and the accuracies and losses also as their sample
-    standard deviation under "... spread" (None for a single seed). "mark" is "best" for the
-    highest mean accuracy on the selection half at that budget and repair, "close" where the
-    difference to it is at most the larger of the two spreads, and "" for the others. Within a
-    budget and repair the best come first. The unpruned control is left out.
+    Every number of a row appears as its mean, by group those of the channels kept, and the
+    accuracies and losses also as their sample standard deviation under "... spread" (None for a
+    single seed). "mark" is "best" for the highest mean accuracy on the selection half at that
+    budget and repair, "close" where the difference to it is at most the larger of the two spreads,
+    and "" for the others. Within a budget and repair the best come first. The unpruned control is
+    left out.
     """
     cells: dict[tuple, dict[str, list[Mapping[str, Any]]]] = {}
     for row in _of_arms(rows):
@@ -103,6 +104,8 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [row[name] for row in rows]
         if name == "seed":
             entry["seeds"] = len(values)
+        elif isinstance(first, Mapping):
+            entry[name] = {k: statistics.fmean(value[k] for value in values) for k in first}
         elif name == "budget" or not isinstance(first, int | float | None):
             entry[name] = first
         elif None in values:
@@ -208,9 +211,10 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows, one a line under their names."""
+    """The rows, one a line under the names of their columns but for those by group."""
+    columns = [name for name, value in rows[0].items() if not isinstance(value, Mapping)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -107,6 +107,54 @@ def strips(title: str, rows: Sequence[tuple[str, int, Iterable[int]]]) -> str:
     return _svg(title, left + _STRIP + 70, _TOP + step * len(rows) + 6, parts)
 
 
+def shares(
+    title: str, unit: str, rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str]
+) -> str:
+    """A cell for each row (name, shares within 0 to 1) and column, the fuller the darker.
+
+    Args:
+        unit: what it is a share of, behind the numbers.
+    """
+    step, top, left = 20, 38, _room(name for name, _ in rows) + 16
+    cell = min(26.0, _STRIP / len(columns))
+    bottom, names = top + step * len(rows), _room(columns)
+    parts = [_key(left, unit)]
+    for k, (name, values) in enumerate(rows):
+        y = top + step * k
+        parts.append(f'<text class="end" x="{left - 8}" y="{y + 14}">{escape(name)}</text>')
+        parts += [
+            _cell(f"{name}, {column}: {value:.0%}", left + cell * i, y, cell - 1, step - 2, value)
+            for i, (column, value) in enumerate(zip(columns, values, strict=True))
+        ]
+    every = math.ceil(13 / cell)  # so that the names do not touch
+    for i in range(0, len(columns), every):
+        x = left + cell * (i + 0.5) + 4
+        parts.append(
+            f'<text class="end" transform="translate({x:.1f} {bottom + 6}) rotate(-90)">'
+            f"{escape(columns[i])}</text>"
+        )
+    return _svg(
+        title, math.ceil(left + max(_STRIP, cell * len(columns))) + 4, bottom + names, parts
+    )
+
+
+def _key(left: float, unit: str) -> str:
+    """What the cells of :func:`shares` mean."""
+    cells = [_cell(f"{k}0%", left + 40 + 12 * k, _TOP - 6, 12, 12, k / 10) for k in range(11)]
+    ends = (
+        f'<text class="end" x="{left + 34}" y="{_TOP + 5}">0%</text>'
+        f'<text x="{left + 180}" y="{_TOP + 5}">100% {escape(unit)}</text>'
+    )
+    return "".join(cells) + ends
+
+
+def _cell(title: str, x: float, y: float, width: float, height: float, share: float) -> str:
+    return (
+        f'<rect class="share" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" '
+        f'fill-opacity="{share:.3f}"><title>{escape(title)}</title></rect>'
+    )
+
+
 @dataclass(frozen=True)
 class _Scale:
     """Maps values to places along an axis."""
@@ -217,7 +265,10 @@ def _number(value: float) -> str:
 
 
 def _svg(title: str, width: int, height: float, parts: Iterable[str]) -> str:
+    # On a narrow page it scrolls, since smaller letters could not be read.
+    size = f"max-width:{width}px;min-width:{0.75 * width:.0f}px"
     return (
-        f'<svg role="img" viewBox="0 0 {width} {height:.0f}" style="max-width:{width}px">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}">'
+        f'<svg role="img" viewBox="0 0 {width} {height:.0f}" style="{size}">'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg></div>"
     )
