@@ -156,7 +156,9 @@ def run(
         The report: {"stages": rows of accuracy, loss, MACs, parameters, latency, ..., "forecast":
         for each round what the criterion foresaw and what the loss on the images of the statistics
         became (empty for a criterion without gradient statistics), "refits": for each the stage
-        and what :class:`ccp_ext.compensation.Refitted` says, such as the images of each layer}.
+        and what :class:`ccp_ext.compensation.Refitted` says, such as the images of each layer,
+        "repair options": by step what is not among the settings, such as the ridge of a refit; in
+        the plan's record too}.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend, and a folder that
@@ -228,6 +230,7 @@ def _run(
         "stages": recorder.rows,
         "forecast": rounds.forecast,
         "refits": rounds.refits,
+        "repair options": repair.options(settings.repair),
     }
     folder.write("report.json", report)
     _tidy(folder, settings.rounds)
@@ -399,7 +402,11 @@ class _Rounds:
             allocation=self.criterion.allocation if chosen == "auto" else chosen,
             joint=joint_cost(settings.allocation, self.criterion, data),
             **settings.rules(),
-            record={**_plain(settings), "statistics": _settings_of(data)},
+            record={
+                **_plain(settings),
+                "statistics": _settings_of(data),
+                "repair options": repair.options(settings.repair),
+            },
             progress=self.progress,
         )
 

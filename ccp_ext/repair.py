@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +31,14 @@ STEPS = {
 }
 # By the name of a refit its keywords; "refit" takes Gauss-Newton steps.
 REFITS: dict[str, dict[str, int]] = {"refit-linear": {"joint": 0}, "refit": {}}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "fold": fold_means,
+    **dict.fromkeys(REFITS, refit),
+    "refit-modules": refit_modules,
+    "batchnorm": reestimate_batchnorm,
+}
+# What :func:`apply` passes on, or a refit itself reports.
+_PASSED = {"memory", "batch_size", "progress"}
 
 
 def parse(text: str, further: Sequence[str] = ()) -> tuple[str, ...]:
@@ -48,6 +58,19 @@ def parse(text: str, further: Sequence[str] = ()) -> tuple[str, ...]:
             f"got {text!r}"
         )
     return steps
+
+
+def options(text: str) -> dict[str, dict[str, Any]]:
+    """By step the options that :func:`apply` leaves at their defaults or sets by itself."""
+    return {step: _defaults(_FUNCTIONS[step]) | REFITS.get(step, {}) for step in parse(text)}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in _PASSED
+    }
 
 
 def check_memory(memory: float) -> None:
@@ -77,8 +100,7 @@ def apply(
     if step in REFITS:
         return refit(plain, slim, images, memory=memory, progress=progress, **REFITS[step])
     if step == "refit-modules":
-        options = {"memory": memory, "batch_size": batch_size, "progress": progress}
-        refit_modules(plain, slim, images, **options)
+        refit_modules(plain, slim, images, memory=memory, batch_size=batch_size, progress=progress)
     elif step == "fold":
         fold_means(plain, slim, images, batch_size=batch_size, progress=progress)
     else:

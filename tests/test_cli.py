@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import signal
@@ -105,6 +106,13 @@ def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
     names = ["plain", "pruned", "folded", "refitted", "re-estimated", "fine-tuned"]
     assert [row["stage"] for row in stages] == names
     assert len({row["loss"] for row in stages}) == len(names)
+    plan = ccp_ext.PruningPlan.load(output / "plan.json")
+    recorded = json.loads((output / "report.json").read_text())["repair options"]
+    assert plan.record["repair options"] == recorded
+    assert list(recorded) == ["fold", "refit", "batchnorm"]
+    defaults = inspect.signature(ccp_ext.refit).parameters
+    for name in ("layers", "residual", "ridge", "positions", "joint"):
+        assert recorded["refit"][name] == defaults[name].default
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -479,6 +480,19 @@ def test_the_halves_of_a_test_set_sorted_by_class_hold_the_same_classes(inputs):
     test = test.subset(test.labels.argsort())
     first, second = (test.labels[list(part)] for part in halves(test))
     assert (first.bincount(minlength=10) - second.bincount(minlength=10)).abs().max() <= 1
+
+
+def test_the_explanation_says_how_the_test_set_was_halved(inputs, whole, tmp_path):
+    assert "on the first half of the test images (selection)" in explanation(whole[1])
+    arrays = dict(np.load(inputs / "data.npz"))
+    order = arrays["test_labels"].argsort(kind="stable")
+    arrays |= {name: arrays[name][order] for name in ("test_images", "test_labels")}
+    np.savez(tmp_path / "sorted.npz", **arrays)
+    small = settings(inputs, criteria=("random",), macs=(0.5,), seeds=(0,), repair=("none",))
+    result = run(dataclasses.replace(small, data=str(tmp_path / "sorted.npz")), tmp_path / "run")
+    said = explanation(result)
+    assert "on every second test image, which are sorted by class (selection)" in said
+    assert "on the others (report)" in said and "first half" not in said
 
 
 def test_ranks_are_taken_within_budget_repair_and_seed():

@@ -114,6 +114,7 @@ def test_the_page_of_a_run_shows_its_stages_channels_matrices_and_maps(run):
     plan = PruningPlan.load(run / "plan.json")
     for name, group in plan.groups.items():
         assert name in cells and f"{len(group.kept)}/{group.channels}" in outline.text("text")
+    assert json.dumps(report["repair options"]) in cells and "repair options" in cells
     kinds = [image["class"] for image in outline.all("img")]
     assert kinds.count("matrix") == len(plan.groups) == 3
     assert kinds.count("map") >= 1 + 2 * 3

@@ -41,9 +41,10 @@ class Bench:
         return self.inputs.example.device
 
     def plain(self) -> dict[str, Any]:
-        """The unpruned model, its channels by group, and how many images the halves hold."""
+        """The unpruned model, its channels by group, and how the test images are halved."""
         images = len(self.inputs.test)
         found = {"selection images": images // 2, "report images": images - images // 2}
+        found["halves"] = "alternating" if is_sorted(self.inputs.test) else "in order"
         found["channels"] = {group.name: group.channels for group in self.inputs.graph.groups}
         return self._size(self.inputs.model) | self._evaluations(self.inputs.model) | found
 
@@ -193,9 +194,14 @@ def halves(test: ImageSet) -> tuple[range, range]:
     Of one that is sorted by class, where these would hold other classes, every second image.
     """
     count, half = len(test), len(test) // 2
-    if bool((test.labels.diff() >= 0).all()):
+    if is_sorted(test):
         return range(1, count, 2), range(0, count, 2)
     return range(half), range(half, count)
+
+
+def is_sorted(images: ImageSet) -> bool:
+    """By class."""
+    return bool((images.labels.diff() >= 0).all())
 
 
 def _together(first: Evaluation, second: Evaluation) -> Evaluation:

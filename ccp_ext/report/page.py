@@ -204,6 +204,8 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
     plan = PruningPlan.load(folder / "plan.json")
     snapshot = Snapshot.load(folder / FILE)
     settings, stages = report["settings"], report["stages"]
+    if "repair options" in report:  # files of earlier versions have none
+        settings = {**settings, "repair options": report["repair options"]}
     first, last = stages[0], stages[-1]
 
     def fate(group: str, channel: int) -> str:

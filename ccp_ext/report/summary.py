@@ -159,12 +159,15 @@ def explanation(result: Mapping[str, Any]) -> str:
     settings, plain = result["settings"], result["plain"]
     seeds, report_images = len(settings["seeds"]), plain["report images"]
     memory = "; ".join(dict.fromkeys(row["memory"] for row in result["rows"]))
+    first, second = "the first half of the test images", "the second"
+    if plain.get("halves") == "alternating":
+        first, second = "every second test image, which are sorted by class", "the others"
     return (
         f"{settings['model']}: {settings['images']:,} training images for the statistics, "
         f"{settings['repair_images']:,} for the repair, {seeds} "
         f"seed{'s' if seeds > 1 else ''} (mean ± standard deviation). The unpruned model has "
-        f"{plain['selection accuracy']:.2f} % on the first half of the test images (selection), "
-        f"{plain['report accuracy']:.2f} % on the second (report) and {plain['all accuracy']:.2f} "
+        f"{plain['selection accuracy']:.2f} % on {first} (selection), "
+        f"{plain['report accuracy']:.2f} % on {second} (report) and {plain['all accuracy']:.2f} "
         f"% on all.{_about_finetuning(settings)} best: the highest mean on the selection half; "
         "close: behind it by no more than the larger of the two spreads"
         f"{_about_control(result)}. The spread is that of the seeds; the {report_images:,} report "
