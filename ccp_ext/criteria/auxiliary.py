@@ -90,8 +90,8 @@ class CCPAuxiliary(SecondOrder):
     note = (
         "the construction is DCP's, since only the name is known: three heads at equal distances, "
         "weight 1, trained on the images of the statistics while the network stays as it is; "
-        "curvature 'logits' or 'empirical'; fine-tuning has three such heads too, trained first in "
-        "the same way"
+        "curvature 'logits' or 'empirical'; fine-tuning has three new ones on the pruned and "
+        "repaired network, trained first while it stays as it is"
     )
     auxiliary_heads = 3
     site, curvature, first_order = "gate", "logits", False
