@@ -31,6 +31,8 @@ MAPS = (
     (1, 3, 25, 43),  # a block for each row
     (1, 8, 48, 50),  # a warp for each row; the positions in parts
 )
+# So many that tiles of 128 maps are worth it, read where they are and packed.
+MANY_MAPS = ((18, 264, 16, 20), (18, 257, 7, 7))
 ROWS = ((5, 71), (33, 16), (200, 16))  # the last in parts
 WINDOW = Window(3, 1, 1)  # by pieces from 33 channels on, else by patches
 WIDTHS = (3, 16, 33)
@@ -54,9 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def small_cases(operation: Operation) -> Iterator[Case]:
-    # The interpreter's products take bfloat16's bits for integers.
-    dtypes = (torch.float32, torch.float16) if triton_kernels.INTERPRETED else DTYPES
-    for shape in MAPS if operation.of_maps else ROWS:
+    shapes, dtypes = MAPS if operation.of_maps else ROWS, DTYPES
+    if triton_kernels.INTERPRETED:
+        dtypes = (torch.float32, torch.float16)  # its products take bfloat16's bits for integers
+    elif operation.name == "map_similarity":
+        shapes += MANY_MAPS
+    for shape in shapes:
         for layout in operation.layouts:
             for dtype in dtypes:
                 yield Case("none", shape, dtype, layout, "cpu", WINDOW, WIDTHS)
@@ -66,17 +71,19 @@ def _check(operation: Operation, case: Case, name: str, function: Candidate, dev
     """Ours also on maps that are part of larger ones, which have kernels of their own."""
     inputs = operation.inputs(case)
     expected = operation.reference(*inputs)
-    for place in (_whole, _cut) if name == "ours" and operation.of_maps else (_whole,):
+    for place in (whole, cut) if name == "ours" and operation.of_maps else (whole,):
         result = function(*map_tensors(lambda x, p=place: p(x, device), inputs))
         error_of(operation, case, name, map_tensors(Tensor.cpu, result), expected)
 
 
-def _whole(x: Tensor, device: str) -> Tensor:
+def whole(x: Tensor, device: str) -> Tensor:
+    """A copy."""
     return x.to(device, copy=True)
 
 
-def _cut(x: Tensor, device: str) -> Tensor:
-    return F.pad(x, (0, 1)).to(device)[..., :-1] if x.dim() == 4 else _whole(x, device)
+def cut(x: Tensor, device: str) -> Tensor:
+    """A copy; maps are part of larger ones."""
+    return F.pad(x, (0, 1)).to(device)[..., :-1] if x.dim() == 4 else whole(x, device)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import check, suite
+from benchmarks.operation import DTYPES
+
 EMULATOR = Path(__file__).parent / "emulator"
 ROOT = EMULATOR.parent.parent
 DRIVERS = {
@@ -137,6 +140,25 @@ def test_cpu_kernels_match_double_references_in_every_instruction_set(
 def test_launch_arithmetic(run: Run) -> None:
     finished = run("launch", "address")
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_the_benchmarks_check_reaches_every_kernel_of_map_similarity(run: Run) -> None:
+    operation = suite.OPERATIONS["map_similarity"]
+    maps = [
+        place(*operation.inputs(case), "cpu")
+        for case in check.small_cases(operation)
+        for place in (check.whole, check.cut)
+    ]
+    arguments = [
+        ":".join([str(x.element_size()), *(",".join(map(str, of)) for of in (x.shape, x.stride()))])
+        for x in maps
+    ]
+    kernels = run("launch", "address", *arguments).stdout.splitlines()
+    small = {f"64 {loads}" for loads in ("rows", "unaligned rows", "channels last", "strided")}
+    large = {f"128 {loads}" for loads in ("rows", "channels last", "packed")}
+    for dtype in DTYPES:
+        reached = {kernel for x, kernel in zip(maps, kernels, strict=True) if x.dtype == dtype}
+        assert reached == small | large
 
 
 @pytest.mark.parametrize("barrier", ["1", "2"])

@@ -436,9 +436,34 @@ void test_map_loads() {
   expect("into whole units", layout.channel.x_stride == 56 && layout.sample.g_stride == 256 * 56);
 }
 
+// "BYTES:SIZE,...:STRIDE,..." of one batch of maps: which kernel compares them, in words.
+std::string map_kernel(const std::string& maps) {
+  std::vector<Sizes> parts(1);
+  std::string number;
+  for (const char letter : maps + ':') {
+    if (letter != ':' && letter != ',') {
+      number += letter;
+      continue;
+    }
+    parts.back().push_back(std::stoll(number));
+    number.clear();
+    if (letter == ':') parts.emplace_back();
+  }
+  ccp::MapSimilarityParams params{};
+  params.maps = {map_data, map_data, nullptr, layout_of(parts[1], parts[2], parts[2])};
+  params.symmetric = true;
+  const ccp::MapSimilarityLaunch launch =
+      ccp::plan_map_similarity(params, static_cast<int>(parts[0][0]), 227 << 10);
+  const char* const loads[] = {"rows", "unaligned rows", "channels last", "strided"};
+  return std::to_string(launch.tile) + ' ' +
+         (launch.packed ? "packed" : loads[static_cast<int>(launch.loads)]);
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) std::printf("%s\n", map_kernel(argv[i]).c_str());
+  if (argc > 1) return 0;
   test_map_tiles();
   test_map_split();
   test_map_loads();
