@@ -1,12 +1,29 @@
-"""How close each operator comes to the machine's limit, by size, as a picture."""
+"""How close each operator comes to the machine's limit, by size, as a picture.
+
+    python -m benchmarks.plot FILE.json [PICTURE]
+
+Draws a results file of the suite; without a name, beside it and named like it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 STYLE = {"NCHW": "o", "channels_last": "s"}
 COLOUR = {"float32": "tab:blue", "bfloat16": "tab:orange"}
+NO_PICTURE = "no picture: no operator was measured, or matplotlib is not installed"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("picture", type=Path, nargs="?")
+    options = parser.parse_args(arguments)
+    rows = json.loads(options.file.read_text(encoding="utf-8")).get("rows", [])
+    print(draw(rows, options.picture or options.file.with_suffix(".png")) or NO_PICTURE)
 
 
 def draw(rows: Sequence[dict], path: Path) -> Path | None:
@@ -15,7 +32,7 @@ def draw(rows: Sequence[dict], path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    ours = [row for row in rows if row["candidate"] == "ours"]
+    ours = [row for row in rows if row.get("candidate") == "ours"]
     if not ours:
         return None
     operators = list(dict.fromkeys(row["operator"] for row in ours))
@@ -44,3 +61,7 @@ def _panel(panel, operator: str, rows: Sequence[dict]) -> None:
     panel.tick_params(axis="x", labelrotation=60, labelsize=7)
     panel.axhline(100, color="grey", linewidth=0.8)
     panel.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,16 +4,20 @@
 
 Time and peak memory of one pass over one batch. Before timing, the S of all methods that compute
 the same quantity is compared with that of per-sample gradients in float64; ours in bfloat16 with
-that of the same pass with our operators in float64.
+that of the same pass with our operators in float64, while the others, which round elsewhere, are
+compared in float32 and timed in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -24,7 +28,16 @@ import torch
 import ccp_ext
 from benchmarks import statistics_methods as methods
 from benchmarks import targets
-from benchmarks.common import RESULTS, interleaved, ratio, seconds_of, version_of, write_results
+from benchmarks.common import (
+    RESULTS,
+    OutOfTime,
+    interleaved,
+    ratio,
+    seconds_of,
+    time_limit,
+    version_of,
+    write_results,
+)
 from benchmarks.limits import float32_precision
 from benchmarks.networks import NETWORKS
 from benchmarks.statistics_methods import BASELINE, METHODS, PAPER, SAME_AS_PAPER, Pass, Setting
@@ -101,7 +114,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each method, about")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16; plain and ours only")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16")
+    parser.add_argument(
+        "--give-up-after",
+        type=float,
+        default=600.0,
+        help="seconds of a method's first two passes; it is left out then",
+    )
     parser.add_argument("--tag", default="", help="added to the name of the results file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--peak-of", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -143,34 +162,33 @@ def _inner_graph(network: str, image_size: int) -> ChannelGraph:
 def _check(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
     """Errors of S by method, on a few images without TF32; and why a method is left out."""
     same = [name for name in options.methods if name in SAME_AS_PAPER]
-    if options.autocast:
-        same = [name for name in same if name == PAPER]
-    tolerance = SAME_PASS_TOLERANCE if options.autocast else TOLERANCE
     errors, left_out = {}, {}
-    if not same:
-        return errors, left_out
     with float32_precision("highest"):
-        expected = _expected(options)
         for name in same:
-            outcome = _attempt(lambda n=name: METHODS[n](_setting(options, CHECKED_IMAGES))())
+            rounded = options.autocast and name == PAPER
+            setting = replace(_setting(options, CHECKED_IMAGES), autocast=rounded)
+            outcome = _attempt(lambda n=name, s=setting: METHODS[n](s)())
             if isinstance(outcome, str):
                 left_out[name] = outcome
                 continue
+            expected = _expected(options, rounded)
             errors[name] = max(_error(S, expected[group]) for group, S in outcome.items())
-            if not errors[name] <= tolerance:
+            if not errors[name] <= (SAME_PASS_TOLERANCE if rounded else TOLERANCE):
                 raise AssertionError(f"S by {name} is off by {errors[name]:.1e}")
     if PAPER in left_out:
         raise AssertionError(f"{PAPER}: {left_out[PAPER]}")
     return errors, left_out
 
 
-def _expected(options: argparse.Namespace) -> methods.Grams:
+def _expected(options: argparse.Namespace, rounded: bool) -> methods.Grams:
     """S from per-sample gradients in float64.
 
-    With autocast from the same pass with our operators in float64: bfloat16 itself is too far off.
+    Of a pass with autocast from the same pass with our operators in float64: bfloat16 itself is
+    too far off.
     """
-    if not options.autocast:
-        return METHODS["vmap"](_setting(options, CHECKED_IMAGES, torch.float64))()
+    if not rounded:
+        setting = _setting(options, CHECKED_IMAGES, torch.float64)
+        return METHODS["vmap"](replace(setting, autocast=False))()
 
     def channel_dot(*arguments) -> torch.Tensor:
         return reference.channel_dot(*arguments).float()
@@ -186,11 +204,12 @@ def _expected(options: argparse.Namespace) -> methods.Grams:
         return METHODS[PAPER](_setting(options, CHECKED_IMAGES))()
 
 
-def _attempt(function: Callable) -> object:
-    """What the function returns, or in words why another library failed."""
+def _attempt(function: Callable, seconds: float = math.inf) -> object:
+    """What the function returns, or in words why another library failed or took too long."""
     try:
-        return function()
-    except Exception as error:  # other libraries fail in any way
+        with time_limit(seconds) if seconds < math.inf else nullcontext():
+            return function()
+    except (Exception, OutOfTime) as error:  # other libraries fail in any way
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -209,7 +228,8 @@ def _times(
     """Seconds of each method, in turns; those that take long are timed once, by themselves."""
     second, failed = {}, {}
     for name, run in passes.items():
-        outcome = _attempt(lambda r=run: _second_pass(r, options.device))
+        limit = math.inf if name == BASELINE else options.give_up_after
+        outcome = _attempt(lambda r=run: _second_pass(r, options.device), limit)
         (failed if isinstance(outcome, str) else second)[name] = outcome
     slow = {name for name, seconds in second.items() if seconds > options.seconds / 3}
     fast = {name: passes[name] for name in second if name not in slow or name == BASELINE}
@@ -241,6 +261,7 @@ def _peak(name: str, options: argparse.Namespace) -> float:
     arguments = ["--network", options.network, "--batch-size", options.batch_size]
     arguments += ["--image-size", options.image_size, "--device", "cpu", "--peak-of", name]
     arguments += ["--channels-last"] if options.channels_last else []
+    arguments += ["--autocast"] if options.autocast else []
     command = [sys.executable, "-m", "benchmarks.statistics_cost", *map(str, arguments)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

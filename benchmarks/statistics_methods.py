@@ -30,9 +30,10 @@ class Setting:
     y: Tensor
     autocast: bool = False
 
-    def forward(self) -> Tensor:
+    def forward(self, model: nn.Module | None = None) -> Tensor:
+        """The logits of the batch, by default by the model as it is."""
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model(self.x)
+            return (model or self.model)(self.x)
 
     def filters(self) -> dict[str, str]:
         """The parameter that makes each group's channels: group name to parameter name."""
@@ -79,20 +80,28 @@ def ours_beside_training(setting: Setting) -> Pass:
 
 
 def vmap(setting: Setting) -> Pass:
-    """Per-sample gradients of the filters by ``torch.func``."""
+    """Per-sample gradients of the filters by ``torch.func``.
+
+    Instead of autocast, with which it refuses BatchNorm, all in bfloat16.
+    """
     from torch.func import functional_call, grad
     from torch.func import vmap as batched
 
+    images = setting.x
+    if setting.autocast:
+        setting.model.bfloat16()
+        images = images.bfloat16()
     parameters = dict(setting.model.named_parameters())
     filters = {name: parameters[name].detach() for name in setting.filters().values()}
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(setting.model, weights, x[None]), y[None])
+        logits = functional_call(setting.model, weights, x[None])
+        return F.cross_entropy(logits.float() if setting.autocast else logits, y[None])
 
     gradients = batched(grad(loss), in_dims=(None, 0, 0))
 
     def run() -> Grams:
-        return _grams(setting, gradients(filters, setting.x, setting.y))
+        return _grams(setting, gradients(filters, images, setting.y))
 
     return run
 
@@ -111,7 +120,7 @@ def opacus(setting: Setting) -> Pass:
 
     def run() -> Grams:
         wrapped.zero_grad()
-        F.cross_entropy(wrapped(setting.x), setting.y, reduction="sum").backward()
+        F.cross_entropy(setting.forward(wrapped), setting.y, reduction="sum").backward()
         parameters = dict(setting.model.named_parameters())
         return _grams(setting, {n: parameters[n].grad_sample for n in setting.filters().values()})
 
@@ -130,7 +139,7 @@ def backpack(setting: Setting) -> Pass:
 
     def run() -> Grams:
         with extensions(BatchGrad()):
-            loss(model(setting.x), setting.y).backward()
+            loss(setting.forward(model), setting.y).backward()
         return _grams(setting, {n: parameters[n].grad_batch for n in setting.filters().values()})
 
     return run
@@ -144,7 +153,7 @@ def torch_pruning(setting: Setting) -> Pass:
 
     def run() -> None:
         importance.zero_grad()
-        losses = F.cross_entropy(setting.model(setting.x), setting.y, reduction="none")
+        losses = F.cross_entropy(setting.forward(), setting.y, reduction="none")
         for loss in losses:
             setting.model.zero_grad()
             loss.backward(retain_graph=True)

@@ -78,6 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="seconds for an operator; the cases that are left then are named and not measured",
     )
+    parser.add_argument(
+        "--within",
+        type=float,
+        help="seconds for all operators, each an equal share of what the ones before it left",
+    )
+    parser.add_argument(
+        "--for-targets",
+        action="store_true",
+        help="only cases that a target is about, those of several targets first",
+    )
     parser.add_argument("--warm", action="store_true", help="small inputs come from the cache")
     parser.add_argument(
         "--add", action="store_true", help="to the rows that the results file holds already"
@@ -94,6 +104,7 @@ def run(options: argparse.Namespace) -> Path:
         InputError: an unknown operator.
         AssertionError: some of our results were wrong or not made; the others are written.
     """
+    begin = time.monotonic()
     operations = _chosen(options.operators)
     if options.device == "auto":
         options.device = ccp_ext.usable_devices()[-1]
@@ -118,19 +129,24 @@ def run(options: argparse.Namespace) -> Path:
     head = {"settings": settings, "limits": asdict(limits)}
     record = Record(head, f"operators{options.tag}", options.output, options.add)
     with float32_precision("highest"):
-        for operation in operations:
+        for k, operation in enumerate(operations):
             cases = [
                 case
                 for network, batch in batches.items()
                 for case in sweep.cases(operation, network, options.device, batch, options.quick)
             ]
+            if options.for_targets:
+                cases = _of_targets(operation, cases, effort)
+            if options.within:
+                left = max(options.within - (time.monotonic() - begin), 0)
+                effort = replace(effort, budget=left / (len(operations) - k))
             _sweep(operation, cases, limits, effort, record)
     path = record.write()
     print(table(record.content["summary"]))
     print(targets.lines(record.content["targets"]))
     print(path)
     picture = plot.draw(record.content["rows"], path.with_suffix(".png"))
-    print(picture or "no picture: nothing was measured, or matplotlib is not installed")
+    print(picture or plot.NO_PICTURE)
     if record.content["failures"]:
         raise AssertionError("\n".join(record.content["failures"]))
     return path
@@ -187,13 +203,20 @@ def _batch(network: str, options: argparse.Namespace) -> int:
     return 2 if options.quick else options.batch_size or NETWORKS[network].batch_on(options.device)
 
 
+def _of_targets(operation: Operation, cases: Sequence[Case], effort: Effort) -> list[Case]:
+    """Those that a target is about, those of the most targets first."""
+    wanted = {case: targets.count(sweep.of_case(operation, case, effort)) for case in cases}
+    return sorted((case for case in cases if wanted[case]), key=lambda case: -wanted[case])
+
+
 def _sweep(
     operation: Operation, cases: Sequence[Case], limits: Limits, effort: Effort, record: Record
 ) -> None:
     """Measure an operator's cases in turn until its budget is spent, and print them."""
-    compiled = {"all": {case.label for case in cases}, "some": {cases[0].label}, "none": set()}
+    labels = [case.label for case in cases]
+    compiled = {"all": set(labels), "some": set(labels[:1]), "none": set()}
     measured, cut = [], []
-    deadline = time.monotonic() + effort.budget if effort.budget else math.inf
+    deadline = math.inf if effort.budget is None else time.monotonic() + effort.budget
     for case in cases:
         of_case = case.description(operation.name)
         if time.monotonic() > deadline:

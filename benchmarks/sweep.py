@@ -95,18 +95,24 @@ def measure(
     if cold and limits.floor(work)[1] == "memory":
         functions[YARDSTICK] = _read
     seconds = _times(operation, case, functions, effort, cold)
-    of_case = case.description(operation.name) | {
-        "shape": list(case.shape),
-        "device": torch.device(case.device).type,
-        "inputs": "cold" if cold else "warm",
-    }
     rows = [
-        of_case
+        of_case(operation, case, effort)
         | {"candidate": name, **_figures(times, work, limits)}
         | {"time over ours": ratio(times, seconds["ours"]), "error": errors.get(name)}
         for name, times in seconds.items()
     ]
     return rows, left_out
+
+
+def of_case(operation: Operation, case: Case, effort: Effort) -> dict:
+    """What all rows of a case have in common."""
+    cold = operation.cold and not effort.warm
+    return case.description(operation.name) | {
+        "shape": list(case.shape),
+        "device": torch.device(case.device).type,
+        "inputs": "cold" if cold else "warm",
+        "MB": 1e-6 * operation.work(case).bytes,
+    }
 
 
 def _figures(times: list[float], work: Work, limits: Limits) -> dict:
@@ -116,7 +122,6 @@ def _figures(times: list[float], work: Work, limits: Limits) -> dict:
     return {
         **spread(times),
         "rounds": len(times),
-        "MB": 1e-6 * work.bytes,
         "GB/s": 1e-9 * work.bytes / middle,
         "TFLOP/s": 1e-12 * work.operations / middle,
         "bound by": bound,

@@ -58,30 +58,41 @@ class Target:
         }
 
 
-def share(operator: str, column: str, where: Choice) -> Values:
+@dataclass(frozen=True)
+class Share:
     """A column of our rows."""
 
-    def values(rows: Sequence[Row]) -> list[float]:
-        ours = (r for r in rows if r["operator"] == operator and r["candidate"] == "ours")
-        return [row[column] for row in ours if where(row)]
+    operator: str
+    column: str
+    where: Choice
 
-    return values
+    def __call__(self, rows: Sequence[Row]) -> list[float]:
+        ours = (row for row in rows if row["candidate"] == "ours" and concerns(self, row))
+        return [row[self.column] for row in ours]
 
 
-def speed_up(operator: str, rivals: Sequence[str] | None, where: Choice) -> Values:
+@dataclass(frozen=True)
+class SpeedUp:
     """The time of the fastest of the rivals (None: of all) over ours, case by case."""
 
-    def values(rows: Sequence[Row]) -> list[float]:
-        chosen = [r for r in rows if r["operator"] == operator and where(r) and is_rival(r)]
+    operator: str
+    rivals: Sequence[str] | None
+    where: Choice
+
+    def __call__(self, rows: Sequence[Row]) -> list[float]:
+        chosen = [row for row in rows if concerns(self, row) and self._is_rival(row)]
         cases = itertools.groupby(chosen, key)
         return [min(row["time over ours"] for row in of_case) for _, of_case in cases]
 
-    def is_rival(row: Row) -> bool:
-        if rivals is None:
+    def _is_rival(self, row: Row) -> bool:
+        if self.rivals is None:
             return row["candidate"] not in ("ours", YARDSTICK)
-        return row["candidate"] in rivals
+        return row["candidate"] in self.rivals
 
-    return values
+
+def concerns(values: Share | SpeedUp, row: Row) -> bool:
+    """Whether the figures are of the row's case."""
+    return row["operator"] == values.operator and values.where(row)
 
 
 def on_gpu(row: Row) -> bool:
@@ -141,30 +152,30 @@ TYPES = ("float32", "bfloat16")
 TORCH = ("eager", "einsum", COMPILED)
 OPERATORS = (
     Target("channel_dot, 64 MB and more: % of copy, worst", 92,
-           share("channel_dot", "% of copy", large)),
+           Share("channel_dot", "% of copy", large)),
     Target("channel_dot, ResNet-50: % of copy, mean", 85,
-           share("channel_dot", "% of copy", of_resnet50), geometric_mean),
+           Share("channel_dot", "% of copy", of_resnet50), geometric_mean),
     *(Target(f"channel_dot, {dtype}: {rival} over ours, mean", wanted,
-             speed_up("channel_dot", [rival], in_type(dtype, on_gpu)), geometric_mean)
+             SpeedUp("channel_dot", [rival], in_type(dtype, on_gpu)), geometric_mean)
       for rival, wanted in (("eager", 2.5), (COMPILED, 1.15)) for dtype in TYPES),
     Target("channel_dot: fastest rival over ours, worst", 1,
-           speed_up("channel_dot", None, on_gpu)),
+           SpeedUp("channel_dot", None, on_gpu)),
     Target("weighted_grams_, 53 layers, float32: cuBLAS layer by layer over ours", 3,
-           speed_up("weighted_grams_", ["eager"], all_convolutions)),
+           SpeedUp("weighted_grams_", ["eager"], all_convolutions)),
     Target("map_similarity, bfloat16, C >= 256, 28x28 and more: % of matrix rate, worst", 60,
-           share("map_similarity", "% of matrix rate", wide_large_bfloat16)),
+           Share("map_similarity", "% of matrix rate", wide_large_bfloat16)),
     Target("map_similarity, bfloat16, C >= 256, smaller maps: % of limit, worst", 60,
-           share("map_similarity", "% of limit", wide_small_bfloat16)),
+           Share("map_similarity", "% of limit", wide_small_bfloat16)),
     Target("map_similarity: best torch expression over ours, mean", 5,
-           speed_up("map_similarity", TORCH, on_gpu), geometric_mean),
+           SpeedUp("map_similarity", TORCH, on_gpu), geometric_mean),
     Target("patch_gram_, 3x3, C >= 128: % of matrix rate, worst", 50,
-           share("patch_gram_", "% of matrix rate", wide_windows_of_three)),
+           Share("patch_gram_", "% of matrix rate", wide_windows_of_three)),
     Target("patch_gram_, 3x3: unfold and product over ours, mean", 3,
-           speed_up("patch_gram_", ["eager"], windows_of_three), geometric_mean),
+           SpeedUp("patch_gram_", ["eager"], windows_of_three), geometric_mean),
     Target("channel_dot on a CPU: % of two-stream read, mean", 90,
-           share("channel_dot", "% of two-stream read", on_cpu), geometric_mean),
+           Share("channel_dot", "% of two-stream read", on_cpu), geometric_mean),
     *(Target(f"channel_dot on a CPU, {dtype}, {place}: eager over ours, mean", 2,
-             speed_up("channel_dot", ["eager"], in_type(dtype, where)), geometric_mean)
+             SpeedUp("channel_dot", ["eager"], in_type(dtype, where)), geometric_mean)
       for place, where in (("from memory", on_cpu), ("cached", warm_on_cpu)) for dtype in TYPES),
 )  # fmt: skip
 
@@ -235,6 +246,11 @@ def of_operators(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [line for line in judged if line]
 
 
+def count(of_case: Row) -> int:
+    """How many targets a case of the suite is about; see ``sweep.of_case``."""
+    return sum(concerns(target.values, of_case) for target in OPERATORS)
+
+
 def lines(judged: Sequence[dict[str, Any]]) -> str:
     """The table for the terminal."""
     return "targets\n" + (table(judged) if judged else "none was measured")
@@ -246,8 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     judged = []
     for path in sorted(folder.glob("*.json")):
-        judged += json.loads(path.read_text(encoding="utf-8")).get("targets", [])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        judged += [line | {"file": path.name} for line in of_file(content)]
     print(lines(judged))
+
+
+def of_file(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a results file says of the targets; nothing, where they are not about such a file."""
+    rows, settings = content.get("rows", []), content.get("settings", {})
+    if rows and "operator" in rows[0]:
+        # Rows of older files leave to the settings where they were measured, all from memory.
+        place = {"device": settings.get("device"), "inputs": "cold"}
+        return of_operators([place | row for row in rows])
+    if rows and "method" in rows[0] and "autocast" in settings:
+        return of_statistics(settings, rows)
+    return []
 
 
 if __name__ == "__main__":

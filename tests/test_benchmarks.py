@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from benchmarks import (
     scaling,
     selection,
     statistics_cost,
+    statistics_methods,
     suite,
     sweep,
     targets,
@@ -331,11 +333,62 @@ def test_targets_of_the_pass_are_judged() -> None:
 
 
 def test_targets_are_read_from_the_files_of_a_run(tmp_path: Path, capsys) -> None:
-    line = {"target": "speed", "wanted": "at least 2", "measured": 3.0, "of cases": 1, "met": "yes"}
-    (tmp_path / "operators.json").write_text(json.dumps({"targets": [line]}))
-    (tmp_path / "scaling.json").write_text(json.dumps({}))
+    ours = gpu_row("channel_dot", [256, 64, 112, 112], **{"% of copy": 95.5})
+    eager = gpu_row("channel_dot", [256, 64, 112, 112], "eager", **{"time over ours": 3.25})
+    passes = [{"method": BASELINE, "ms": 100.0, "peak MiB": 1000.0}]
+    passes += [{"method": DEFAULT, "ms": 90.0, "peak MiB": 1060.0}]
+    like_training = {"autocast": True, "channels_last": True, "batch_size": 256}
+    files = {
+        "operators": {"rows": [ours, eager]},
+        "statistics": {
+            "settings": {"network": "resnet50", "device": "cuda"} | like_training,
+            "rows": passes,
+        },
+        "scaling": {"measured": []},
+        "latency": {"rows": [{"plan": "all"}]},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     targets.main([str(tmp_path)])
-    assert "speed   at least 2      3.00         1  yes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"worst +at least 92 +95.50 +1 +yes +operators.json", printed)
+    assert re.search(r"eager over ours, mean +at least 2.5 +3.25 +1 +yes", printed)
+    assert re.search(r"peak memory over .* +at most 1.05 +1.06 +1 +no +statistics.json", printed)
+
+
+def test_targets_are_judged_of_rows_that_leave_the_device_to_the_settings() -> None:
+    row = gpu_row("channel_dot", [4, 64, 56, 56], **{"% of two-stream read": 90.5})
+    del row["device"]
+    [line] = targets.of_file({"settings": {"device": "cpu"}, "rows": [row]})
+    assert line["target"] == "channel_dot on a CPU: % of two-stream read, mean"
+
+
+def test_cases_of_several_targets_are_measured_first() -> None:
+    operation, effort = suite.OPERATIONS["map_similarity"], sweep.Effort()
+    cases = list(sweep.cases(operation, "resnet50", "cuda", 256))
+    chosen = suite._of_targets(operation, cases, effort)
+    assert set(chosen) == set(cases)  # the best torch expression is a rival on all
+    wide = [c for c in cases if c.dtype == torch.bfloat16 and c.shape[1] >= 256]
+    assert 0 < len(wide) < len(cases) and set(chosen[: len(wide)]) == set(wide)
+    operation = suite.OPERATIONS["patch_gram_"]
+    cases = list(sweep.cases(operation, "resnet50", "cuda", 256))
+    chosen = suite._of_targets(operation, cases, effort)
+    assert {c.window.kernel_size for c in chosen} == {3} and chosen[0].shape[1] >= 128
+    operation = suite.OPERATIONS["channel_moments"]  # no target is about it
+    cases = list(sweep.cases(operation, "resnet50", "cuda", 256))
+    assert suite._of_targets(operation, cases, effort) == []
+
+
+def test_operators_share_the_time_they_are_given(monkeypatch, tmp_path: Path) -> None:
+    clock = iter([100.0, 110.0, 150.0])  # the first operator takes 40 of 90 s
+    monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(suite, "Record", lambda *_: SimpleNamespace(write=lambda: 1 / 0))
+    budgets = []
+    monkeypatch.setattr(suite, "_sweep", lambda *of: budgets.append(of[3].budget))
+    arguments = ("channel_dot", "weighted_gram_", "--shapes", "resnet56", "--within", "100")
+    with pytest.raises(ZeroDivisionError):
+        run_quick(tmp_path, *arguments)
+    assert budgets == [45, 50]
 
 
 TINY = ("--image-size", "8", "--batch-size", "2", "--rounds", "3", "--device", "cpu")
@@ -356,13 +409,33 @@ def test_statistics_cost_compares_time_memory_and_results(monkeypatch, tmp_path:
 
 
 def test_bfloat16_is_compared_with_the_same_pass(monkeypatch) -> None:
-    options = statistics_cost._options([*TINY, "--autocast", "--methods", PAPER, "Opacus"])
+    options = statistics_cost._options([*TINY, "--autocast", "--methods", PAPER, "vmap"])
     errors, left_out = statistics_cost._check(options)
-    assert errors[PAPER] < 1e-5 and errors.keys() == {PAPER} and not left_out
+    assert errors.keys() == {PAPER, "vmap"} and max(errors.values()) < 1e-5 and not left_out
     correct = ops.channel_dot
     monkeypatch.setattr(ops, "channel_dot", lambda *of: 1.1 * correct(*of))
     with pytest.raises(AssertionError, match="is off by 2.1e-01"):
         statistics_cost._check(options)
+
+
+def test_the_rivals_run_in_the_setting_of_training() -> None:
+    options = statistics_cost._options([*TINY, "--autocast", "--channels-last"])
+    S = {
+        name: statistics_methods.METHODS[name](statistics_cost._setting(options))()
+        for name in (PAPER, "vmap")
+    }
+    for group, matrix in S[PAPER].items():
+        assert 0 < (matrix - S["vmap"][group]).norm() < 0.1 * matrix.norm()
+
+
+def test_a_method_without_end_is_given_up(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(statistics_cost.METHODS, "vmap", lambda _: lambda: time.sleep(60))
+    monkeypatch.setattr(statistics_cost, "SAME_AS_PAPER", (PAPER,))
+    monkeypatch.setattr(statistics_cost, "_peak", lambda *_: 1.0)
+    limits = ("--give-up-after", "0.2", "--output", str(tmp_path))
+    statistics_cost.main([*TINY, "--methods", "vmap", *limits])
+    content = json.loads((tmp_path / "statistics_resnet56.json").read_text())
+    assert content["left out"] == {"vmap": "OutOfTime: took longer than 0.2 s"}
 
 
 def test_peak_memory_is_that_of_the_process(capsys) -> None:
@@ -429,19 +502,63 @@ def run_script(folder: Path, *arguments: str, **environment: str) -> subprocess.
     )
 
 
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def test_gpu_script_runs_its_phases_in_order_and_adds_up_failures(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *channel_dot*) exit 3;; esac\n')
-    python.chmod(0o755)
-    finished = run_script(tmp_path / "out", "--dry", "more", "ops", "compile", PYTHON=str(python))
+    python = program(
+        tmp_path / "python", 'echo "ran $*"\ncase "$*" in *channel_dot*) exit 3;; esac'
+    )
+    out = tmp_path / "out"
+    finished = run_script(out, "--dry", "more", "ops", "compile", PYTHON=str(python))
     assert finished.returncode == 4 + 64, finished.stderr
-    log = (tmp_path / "out" / "gpu.log").read_text()
+    log = (out / "gpu.log").read_text()
     assert log == finished.stdout
     results = re.findall(r"== (\w+): (\w+)", log)
     assert results == [("more", "ok"), ("ops", "FAILED"), ("compile", "FAILED")]
     ran = re.findall("^ran -m (\\S+)", log, re.MULTILINE)
-    assert ran == ["benchmarks"] * 3 + ["benchmarks.targets"]
-    assert "failed: ops compile; files: gpu.log" in log
+    assert ran == ["benchmarks"] * 4 + ["benchmarks.targets"]
+    assert "failed: ops compile; not run: nothing; files: gpu.log" in log
+
+
+def test_gpu_script_gives_every_phase_a_turn_in_one_call(tmp_path: Path) -> None:
+    program(tmp_path / "nvidia-smi", "echo 9.0")
+    program(tmp_path / "compute-sanitizer", "exit 0")
+    machine = {"PYTHON": "echo", "PATH": f"{tmp_path}:{os.environ['PATH']}", "BUDGET": "470"}
+    finished = run_script(tmp_path / "out", **machine)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    phases = ["build", "test", "ops", "model", "more", "sanitize", "compile"]
+    assert re.findall(r"== (\w+): ok", finished.stdout) == phases
+    limits = [int(seconds) for seconds in re.findall(r"^\+ \[(\d+) s\]", finished.stdout, re.M)]
+    build, tests, *_, last = limits
+    assert build == 250 and 90 < tests < 150  # a share of what the build leaves
+    assert last > 400  # what the others did not need
+
+
+@pytest.mark.parametrize(
+    ("tool", "result", "status"),
+    [
+        ("echo '========= Error: Device not supported. See the list.'; exit 1",
+         "not run: memcheck: Error: Device not supported. See the list.", 0),
+        ("echo '========= ERROR SUMMARY: 2 errors'; exit 1", "FAILED", 32),
+        ("exit 0", "ok", 0),
+        (None, "not run: compute-sanitizer was not found", 0),
+    ],
+)  # fmt: skip
+def test_gpu_script_tells_findings_from_a_sanitizer_that_cannot_run(
+    tmp_path: Path, tool: str | None, result: str, status: int
+) -> None:
+    if tool:
+        program(tmp_path / "compute-sanitizer", f'echo "ran $2"\n{tool}')
+    machine = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_HOME": str(tmp_path)}
+    finished = run_script(tmp_path / "out", "sanitize", PYTHON="echo", **machine)
+    assert f"== sanitize: {result}, 0 s" in finished.stdout
+    assert finished.returncode == status
+    tools = {"not run": 1, "FAILED": 4, "ok": 4}[result.partition(":")[0]] if tool else 0
+    assert finished.stdout.count("\nran ") == tools
 
 
 def test_gpu_script_names_what_its_time_does_not_reach(tmp_path: Path) -> None:
