@@ -92,6 +92,9 @@ class Observer(Generic[Forward]):
 
     def __enter__(self) -> Observer[Forward]:
         with contextlib.ExitStack() as stack:
+            # What torch.compile makes of hooks on tensors fails or not with its backend, and the
+            # model would be compiled again for the observation alone.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             _put_batchnorm_into_eval_mode(self.model, stack)
             if self.freeze:
                 _freeze_parameters(self.model, stack)

@@ -208,3 +208,28 @@ def test_allowed_tf32_stays_within_its_precision(channels_last: bool, cuda: str)
     magnitude = reference.patch_gram(x.abs(), 3, padding=1)[0]
     error = (A - reference.patch_gram(x, 3, padding=1)[0]).abs()
     assert (error <= 2.0**-10 * magnitude).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [5, 96])  # by patches; by pieces, packed where NCHW
+def test_updates_captured_in_a_graph_replay_with_new_values(
+    channels: int, channels_last: bool, cuda: str
+) -> None:
+    x, other = (random_input((3, channels, 9, 8), torch.float32, cuda, channels_last) for _ in "ab")
+    y = random_input((3, 4, 9, 8), torch.float32, cuda, channels_last)
+
+    def add(A: Tensor, B: Tensor) -> None:
+        ops.patch_gram_(A, x, 3, padding=1)
+        ops.patch_cross_(B, x, y, 3, padding=1)
+
+    A, B = (torch.zeros(9 * channels, columns, device=cuda) for columns in (9 * channels, 4))
+    add(A, B)
+    expected = A.clone(), B.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add(A, B)
+    x.copy_(other)
+    add(*expected)
+    graph.replay()
+    assert torch.equal(A, expected[0]) and torch.equal(B, expected[1])

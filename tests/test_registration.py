@@ -187,6 +187,27 @@ def test_both_operators_compile_without_graph_breaks(dynamic: bool, device: str)
         assert torch.equal(compiled_S, S)
 
 
+def test_operators_compile_with_the_default_backend(device: str) -> None:
+    """In code of the compiler's own, which reuses buffers, in-place updates last."""
+
+    def step(S: Tensor, A: Tensor, x: Tensor, g: Tensor) -> Tensor:
+        ops.weighted_gram_(S, ops.channel_dot(x + 1, 2 * g))
+        ops.patch_gram_(A, x.relu(), 3, padding=1)
+        return S.diagonal() + ops.map_similarity(x.relu()).sum(0)
+
+    compiled = torch.compile(step, fullgraph=True)
+    x, g = torch.randn(2, 3, 5, 4, 4, device=device)
+    sums = [torch.zeros(5, 5, device=device), torch.zeros(45, 45, device=device)]
+    compiled_sums = [torch.zeros_like(matrix) for matrix in sums]
+    try:
+        first = compiled(*compiled_sums, x, g)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(f"torch.compile does not work on this machine: {error}"[:200])
+    torch.testing.assert_close(first, step(*sums, x, g))
+    torch.testing.assert_close(compiled(*compiled_sums, 2 * x, g), step(*sums, 2 * x, g))
+    torch.testing.assert_close(compiled_sums, sums)
+
+
 def test_the_operators_work_inside_autograd_hooks(device: str) -> None:
     S = torch.zeros(3, 3, device=device)
     x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)

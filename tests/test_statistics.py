@@ -387,6 +387,24 @@ def test_a_compiled_model_gives_the_same(compiled_before):
     assert slim is model and torch.equal(compiled(x), model(x))
 
 
+def test_a_model_compiled_by_the_default_backend_gives_the_same(device: str):
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(60, CLASSES))
+    model = model.to(device).eval()
+    x, y = (tensor.to(device) for tensor in batch(dtype=torch.float32))
+    compiled = torch.compile(model)
+    try:
+        outputs = compiled(x)
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work on this machine: {error!r}"[:200])
+    torch.testing.assert_close(outputs, model(x))
+    stats = [
+        statistics_of(called, {"g": "0", "gate": "1"}, [(x, y)]) for called in (model, compiled)
+    ]
+    for name in stats[0]:
+        torch.testing.assert_close(stats[1][name].S, stats[0][name].S)
+    torch.testing.assert_close(compiled(x), outputs)  # and is as it was
+
+
 def test_autocast_keeps_float32_statistics():
     net, (x, y) = small_net(dtype=torch.float32), batch(dtype=torch.float32)
     full = statistics_of(net, {"g": "act1"}, [(x, y)], curvature="empirical")["g"]
@@ -396,6 +414,44 @@ def test_autocast_keeps_float32_statistics():
         stats.backward(outputs, y)
     assert stats["g"].S.dtype == stats["c"].S.dtype == torch.float32
     assert relative_error(stats["g"].S, full.S.double()) < 0.05
+
+
+def collected_like_training(device: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """S and u by bfloat16 autocast of a channels-last model, and the gradients beside them."""
+    net, (x, y) = small_net(dtype=torch.float32), batch(32, dtype=torch.float32)
+    net = net.to(device, memory_format=torch.channels_last)
+    x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
+    layouts = set()
+    net.conv2.register_forward_hook(
+        lambda *of: layouts.add(
+            (of[2].dtype, of[2].is_contiguous(memory_format=torch.channels_last))
+        )
+    )
+    options = {"curvature": "empirical", "parameter_gradients": True}
+    with collect(net, {"g": "act1", "c": "conv2"}, **options) as stats:
+        with torch.autocast(device, torch.bfloat16):
+            outputs = net(x)
+        F.cross_entropy(outputs.float(), y, reduction="sum").backward()
+    assert layouts == {(torch.bfloat16, True)}
+    return stats, {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def test_autocast_and_channels_last_go_together(device: str):
+    expected = statistics_of(
+        small_net(), {"g": "act1", "c": "conv2"}, [batch(32)], curvature="empirical"
+    )
+    plain, (x, y) = small_net(), batch(32)
+    F.cross_entropy(plain(x), y, reduction="sum").backward()
+    stats, gradients = collected_like_training(device)
+    for name in ("g", "c"):
+        for actual, wanted in (
+            (stats[name].S, expected[name].S),
+            (stats[name].u, expected[name].u),
+        ):
+            assert actual.dtype == torch.float32
+            assert relative_error(actual.cpu(), wanted) < 0.05
+    for name, parameter in plain.named_parameters():
+        assert relative_error(gradients[name].cpu(), parameter.grad) < 0.05
 
 
 def test_channels_last_gives_the_same():
@@ -728,6 +784,29 @@ def test_parameter_gradients_can_be_kept():
         F.cross_entropy(net(x), y, reduction="sum").backward()
     expected = torch.autograd.grad(F.cross_entropy(net(x), y, reduction="sum"), net.conv1.weight)
     assert torch.allclose(net.conv1.weight.grad, expected[0])
+
+
+def test_accumulated_gradients_and_statistics_are_those_of_the_whole_batch():
+    net, (x, y) = small_net(), batch(9)
+    parts = [(x[:5], y[:5]), (x[5:], y[5:])]
+
+    def accumulate() -> dict[str, Tensor]:
+        net.zero_grad()
+        for part in parts:
+            F.cross_entropy(net(part[0]), part[1], reduction="sum").backward()
+        return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+    taps = {"gate": "act1", "conv": "conv2"}
+    whole = statistics_of(net, taps, [(x, y)], curvature="empirical")
+    plain = accumulate()
+    with collect(net, taps, curvature="empirical", parameter_gradients=True) as stats:
+        beside = accumulate()
+    for name, gradient in plain.items():
+        assert torch.equal(beside[name], gradient)
+    for name in taps:
+        assert stats[name].count == 9
+        assert relative_error(stats[name].S, whole[name].S) < 1e-12
+        assert relative_error(stats[name].u, whole[name].u) < 1e-12
 
 
 def test_batchnorm_put_into_training_mode_inside_the_block_is_an_error():
