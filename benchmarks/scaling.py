@@ -2,9 +2,11 @@
 
     python -m benchmarks.scaling [--device cuda] [--images-per-second 2500]
 
-The growth is measured, for one group: its channel_dot from memory, and its Gram update. The cost of
-ImageNet on several GPUs is computed: from images a second as measured on one, from the exact size
-of all sums of ResNet-50, and from the links' nominal speeds.
+The growth is measured, for one group, of its channel_dot from memory and its Gram update, and for
+all groups of a small network of ResNet-56's kind of the pass that collects S, beside a plain one.
+The cost of ImageNet on several GPUs is computed: from images a second as measured on one GPU, or,
+if none was, as assumed; from the exact size of all sums of ResNet-50, and from the links' nominal
+speeds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 
 import ccp_ext
 from benchmarks.common import (
@@ -26,12 +29,14 @@ from benchmarks.common import (
     calls_for,
     cold_copies,
     interleaved,
+    ratio,
     seconds_of,
     write_results,
 )
 from benchmarks.networks import NETWORKS
-from benchmarks.statistics_methods import DEFAULT
+from benchmarks.statistics_methods import BASELINE, DEFAULT, KEEPING, METHODS, Setting
 from ccp_ext import ops, trace
+from ccp_ext.models.resnet import BasicBlock
 from ccp_ext.report import table
 
 IMAGES = 1_281_167  # ImageNet-1k's training images
@@ -40,6 +45,12 @@ GPUS = (1, 8, 64)
 LINKS = {"NVLink 4": 450e9, "400 Gbit/s network": 50e9, "100 Gbit/s network": 12.5e9}
 START = {"N": 128, "C": 64, "H=W": 16}
 STEPS = {"N": (32, 64, 128, 256, 512), "C": (16, 32, 64, 128, 256), "H=W": (4, 8, 16, 32, 64)}
+# Images a second of one GPU, where none was measured: assumptions, to show how the cost follows.
+ASSUMED = (1000.0, 2500.0, 5000.0)
+# Of the pass: batch, channels of the first of three stages, and the images' side.
+PASS_START = {"N": 32, "C": 16, "H=W": 32}
+PASS_STEPS = {"N": (8, 16, 32, 64), "C": (8, 16, 32, 64), "H=W": (16, 32, 48, 64)}
+PASSES = (BASELINE, DEFAULT, KEEPING)
 # What the counted bytes and operations grow with: a power of each variable.
 EXPECTED = {
     "channel_dot": {"N": 1, "C": 1, "H=W": 2},
@@ -63,17 +74,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     exponents = [fitted(rows, operator, variable) for operator in EXPECTED for variable in STEPS]
     print(table(exponents))
+    passes = [row for variable in PASS_STEPS for row in pass_growth(variable, device, options)]
+    print("the pass over a small network, all groups")
+    print(table(passes))
     size = bytes_of_sums("resnet50")
     rate = options.images_per_second
     if rate is None and options.statistics is not None:
         rate = images_per_second(options.statistics)
-    projected = [projection(rate, n, link) for n in GPUS for link in LINKS]
+    rates, origin = ([rate], "measured") if rate else (ASSUMED, "assumed, not measured")
+    projected = [
+        {"images/s of a GPU": each, "rate": origin} | projection(each, n, link)
+        for each in rates
+        for n in GPUS
+        for link in LINKS
+    ]
     print(f"all sums of ResNet-50: {size:,} bytes. Computed, not measured:")
     print(table(projected))
     content = {
         "settings": {"device": device, "rounds": options.rounds, "start": START},
         "measured": rows,
         "exponents": exponents,
+        "measured passes": passes,
         "computed, not measured": {"bytes of all sums, ResNet-50": size, "passes": projected},
     }
     print(write_results("scaling", content, options.output))
@@ -97,6 +118,40 @@ def growth(variable: str, device: str, options: argparse.Namespace) -> list[dict
             | {f"{n}, us": 1e6 * _median(*pair, rounds, device) for n, pair in functions.items()}
         )
     return rows
+
+
+def pass_growth(variable: str, device: str, options: argparse.Namespace) -> list[dict]:
+    """Times of whole passes along one variable, the others at ``PASS_START``."""
+    rows = []
+    for value in PASS_STEPS[variable][: 2 if options.quick else None]:
+        size = PASS_START | {variable: value}
+        passes = {name: METHODS[name](_setting(*size.values(), device)) for name in PASSES}
+        rounds = 3 if options.quick else options.rounds
+        seconds = interleaved(passes, rounds, 2, device=device)
+        rows.append(
+            {"variable": variable, **size}
+            | {f"{name}, ms": 1e3 * median(times) for name, times in seconds.items()}
+            | {f"{n}, over plain": ratio(seconds[n], seconds[BASELINE]) for n in PASSES[1:]}
+        )
+    return rows
+
+
+def _setting(n: int, width: int, side: int, device: str) -> Setting:
+    """Random images for a fresh network: three stages of two blocks, as in ResNet-56 of nine."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    stages = [
+        BasicBlock(inputs * width, planes * width, stride)
+        for inputs, planes, stride in (
+            (1, 1, 1), (1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 4, 2), (4, 4, 1),
+        )
+    ]  # fmt: skip
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    model = nn.Sequential(*stem, *stages, *head).eval()
+    images = torch.randn(n, 3, side, side)
+    graph = trace(model, images[:1]).inner
+    labels = torch.randint(10, (n,), device=device)
+    return Setting(model.to(device), graph, images.to(device), labels)
 
 
 def _median(function: Callable, inputs: Sequence[tuple], rounds: int, device: str) -> float:

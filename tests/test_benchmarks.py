@@ -482,6 +482,28 @@ def test_images_a_second_are_those_of_the_default_pass(tmp_path: Path) -> None:
     assert scaling.images_per_second(path) == 2500
 
 
+def test_the_growth_of_the_pass_is_measured_and_assumed_rates_are_marked(
+    monkeypatch, tmp_path: Path, capsys
+) -> None:
+    for name, steps in (("STEPS", {"N": (2, 4)}), ("PASS_STEPS", {"N": (2, 4), "H=W": (8, 16)})):
+        monkeypatch.setattr(scaling, name, steps)
+    monkeypatch.setattr(scaling, "START", {"N": 2, "C": 4, "H=W": 4})
+    monkeypatch.setattr(scaling, "PASS_START", {"N": 2, "C": 4, "H=W": 8})
+    scaling.main(["--device", "cpu", "--quick", "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "scaling.json").read_text())
+    sizes = [(row["variable"], row["N"], row["H=W"]) for row in content["measured passes"]]
+    assert sizes == [("N", 2, 8), ("N", 4, 8), ("H=W", 2, 8), ("H=W", 2, 16)]
+    assert all(row[f"{DEFAULT}, over plain"] > 0 for row in content["measured passes"])
+    passes = content["computed, not measured"]["passes"]
+    assert len(passes) == 27 and {row["rate"] for row in passes} == {"assumed, not measured"}
+    assert "assumed, not measured" in capsys.readouterr().out
+    rate = ["--images-per-second", "2500"]
+    scaling.main(["--device", "cpu", "--quick", *rate, "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "scaling.json").read_text())
+    passes = content["computed, not measured"]["passes"]
+    assert [row["rate"] for row in passes] == ["measured"] * 9
+
+
 def test_growth_is_fitted_at_the_largest_sizes() -> None:
     rows = [{"variable": "N", "N": n, "channel_dot, us": n**2} for n in (1, 10, 100)]
     assert scaling.fitted(rows, "channel_dot", "N")["exponent at the largest"] == pytest.approx(2)
