@@ -39,6 +39,22 @@ MATRIX_UNITS = {  # the instructions that a source must have been made into
 }
 
 
+# The kernels with the most registers, alone: all for these architectures would take minutes.
+LARGEST = """
+#include "csrc/cuda/map_similarity.cuh"
+#include "csrc/cuda/patch_correlation.cuh"
+
+using namespace ccp;
+
+const void* kernels[] = {
+    (const void*)map_similarity_tiles<MapTraits<float, MapLoads::kRows, kLargeMapTile>>,
+    (const void*)map_similarity_tiles<MapTraits<BFloat16, MapLoads::kChannelsLast, kLargeMapTile>>,
+    (const void*)correlate_pieces<CorrelationTraits<float, kLargeTile, PatchPrecision::kExact>>,
+    (const void*)correlate_pieces<CorrelationTraits<BFloat16, kLargeTile, PatchPrecision::kExact>>,
+};
+"""
+
+
 @pytest.fixture(scope="module")
 def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("device")
@@ -73,6 +89,23 @@ def test_no_kernel_spills_registers(ptxas_reports: dict[str, str], source: str) 
     report = ptxas_reports[source]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills and set(spills) == {("0", "0")}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_the_largest_kernels_do_not_spill_on_other_gpus(tmp_path: Path, architecture: str) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    source = tmp_path / "largest.cu"
+    source.write_text(LARGEST, encoding="utf-8")
+    command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", f"-I{ROOT}"]
+    command += ["-cubin", str(source), "-o", str(tmp_path / "largest.cubin")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = finished.stdout + finished.stderr
+    assert finished.returncode == 0, report
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 4 and set(spills) == {("0", "0")}
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
 
 
 @pytest.mark.parametrize("source", [source.name for source in SOURCES])
