@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class WeightedGram(Operation):
             "addmm": _addmm,
             "einsum": _einsum,
             "triton": triton_kernels.weighted_gram_,
+            **({"syrk": _syrk} if case.device != "cpu" and _cublas() else {}),
         }
 
     def reference(self, S: Tensor, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,3 +72,35 @@ def _einsum(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
     a = a.float()
     S += torch.einsum("n,nc,nd->cd", sigma, a, a)
     return S
+
+
+@cache
+def _cublas() -> ctypes.CDLL | None:
+    """The library that this torch itself has loaded; None where it has none of this name."""
+    try:
+        return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
+    except OSError:
+        return None
+
+
+def _syrk(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
+    """cuBLAS's own symmetric update of half the matrix, mirrored; the weights are not negative."""
+    n, c = a.shape
+    a = a.float() * sigma.sqrt()[:, None]
+    one, number, pointer = ctypes.c_float(1), ctypes.c_int, ctypes.c_void_p
+    status = _cublas().cublasSsyrk_v2(
+        pointer(torch.cuda.current_blas_handle()),
+        number(0),  # the lower half by columns, which is the upper half by rows
+        number(0),  # not transposed: a [N, C] by rows is a' by columns
+        number(c),
+        number(n),
+        ctypes.byref(one),
+        pointer(a.data_ptr()),
+        number(c),
+        ctypes.byref(one),
+        pointer(S.data_ptr()),
+        number(c),
+    )
+    if status != 0:
+        raise RuntimeError(f"cublasSsyrk: status {status}")
+    return S.copy_(S.triu() + S.triu(1).T)
