@@ -114,7 +114,7 @@ run_model() {
   [ -z "$DRY" ] || network=resnet56
   local statistics=("$PYTHON" -m benchmarks.statistics_cost --network $network --output "$OUT")
   local size=(--device cuda --rounds 9) measured=$OUT/statistics_${network}_bfloat16.json
-  [ -z "$DRY" ] || size=(--device cpu --batch-size 2 --rounds 3)
+  [ -z "$DRY" ] || size=(--device cpu --batch-size 2 --image-size 8 --rounds 3)
   local training=(--channels-last --autocast)
   limited 70 35 "${statistics[@]}" "${size[@]}" --seconds 4 "${training[@]}" --tag _bfloat16 \
     --methods "${OURS[@]}" || failed=1
@@ -204,7 +204,7 @@ for index in "${!PHASES[@]}"; do
   echo "== $phase: $result, $((SECONDS - begin)) s" | tee -a "$LOG"
   [ "$phase" != build ] || [ "$status" = 0 ] || break
 done
-# Again from the rows: a run that was cut has drawn nothing.
+# Again from the rows, since a run that is cut draws nothing.
 if [ -f "$OUT/operators.json" ]; then
   "$PYTHON" -m benchmarks.plot "$OUT/operators.json" 2>&1 | tee -a "$LOG"
 fi
