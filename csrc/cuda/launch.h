@@ -14,8 +14,9 @@ namespace ccp {
 constexpr int kBlockThreads = 256;
 constexpr int kVectorBytes = 16;  // the widest load
 constexpr int64_t kMaxGrid = 0x7fffffff;
-// Eight blocks on each of 132 multiprocessors. Fixed, so that every GPU sums in the same order.
-constexpr int64_t kTargetBlocks = 8 * 132;
+// Fixed, so that every GPU sums in the same order.
+constexpr int64_t kMultiprocessors = 132;
+constexpr int64_t kTargetBlocks = 8 * kMultiprocessors;
 
 struct Split {
   int64_t count;

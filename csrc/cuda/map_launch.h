@@ -71,7 +71,6 @@ struct MapSplit {
   double time;
 };
 
-constexpr int64_t kMultiprocessors = 132;  // fixed: where the same tiles fit, sums have one order
 // What a block takes beside its stages, in stages: its pipeline fills and drains once, and its sums
 // are written and read again.
 constexpr int64_t kMapBlockStages = 6;

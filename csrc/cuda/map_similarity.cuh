@@ -15,8 +15,8 @@
 // benchmarks/README.md counts them.
 #pragma once
 
+#include "csrc/cuda/channel_tiles.cuh"
 #include "csrc/cuda/map_moments.cuh"
-#include "csrc/cuda/mma.cuh"
 #include "csrc/cuda/shared.cuh"
 #include "csrc/cuda/units.cuh"
 
@@ -379,20 +379,13 @@ struct WarpTile {
 // What a warp computes of a tile: from row `row` and column `column` on.
 struct WarpPart {
   int row, column;
-  int rows;  // fragments of which anything is needed, rounded up to none, half or all of them
+  int rows;  // fragments of which anything is needed: none, half or all of them
 };
 
 template <class Traits>
 __device__ __forceinline__ WarpPart warp_part(const MapTask& task) {
-  constexpr int kWarps = Traits::kTile / 32;  // beside each other
-  const int half = threadIdx.x / 32 / kWarps, place = threadIdx.x / 32 % kWarps;
-  // The lower warps are mirrored: of a diagonal tile, whose lower left is not needed, each pair of
-  // warps that share a scheduler so has its part.
-  const int row = half * Traits::kTile / 2, column = (half == 0 ? place : kWarps - 1 - place) * 32;
-  int rows = column < task.maps[1] ? task.maps[0] - row : 0;
-  if (task.diagonal && rows > column + 32 - row) rows = column + 32 - row;
-  constexpr int kHalf = Traits::kRows * 8;
-  return {row, column, rows <= 0 ? 0 : rows <= kHalf ? Traits::kRows / 2 : Traits::kRows};
+  const WarpPlace at = warp_place<Traits::kTile>();
+  return {at.row, at.column, warp_rows<Traits::kTile>(task.maps[0], task.maps[1], task.diagonal)};
 }
 
 // The lane's number of the eight maps from first + map on, at position `depth`: lane / 4 counts the

@@ -12,9 +12,9 @@
 // fifth of the products by patches of a 3x3 window.
 #pragma once
 
+#include "csrc/cuda/channel_tiles.cuh"
 #include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/div_mod.cuh"
-#include "csrc/cuda/mma.cuh"
 #include "csrc/cuda/patch_precision.h"
 #include "csrc/cuda/shared.cuh"
 #include "csrc/cuda/vec.cuh"
@@ -29,10 +29,10 @@ struct CorrelationTraits {
   static constexpr int kThreads = 2 * kTile;
   static constexpr int kStages = 3;
   static constexpr int kDepth = kCorrelationDepth<T>;
-  static constexpr int kUnit = 16 / sizeof(T);      // elements
-  static constexpr int kRowUnits = kTile / kUnit;   // of a position
+  using Panel = ChannelPanel<T, kTile>;             // a row for each position
+  static constexpr int kUnit = Panel::kUnit;        // elements
   static constexpr int kLanes = kThreads / kDepth;  // threads that load one position
-  static constexpr int kUnitsPerThread = kRowUnits / kLanes;
+  static constexpr int kUnitsPerThread = Panel::kRowUnits / kLanes;
   static constexpr int kRows = kTile / 32;  // fragments of 16 rows: a warp has half the rows
   static constexpr int kColumns = 4;        // fragments of 8 columns
   static constexpr int kBlocks = kTile == kLargeTile ? 1 : 3;  // on a multiprocessor
@@ -43,18 +43,6 @@ struct CorrelationShared {
   alignas(16) unsigned char panel[Traits::kStages][2]
                                  [Traits::kDepth * Traits::kTile * sizeof(typename Traits::T)];
 };
-
-// Where unit `unit` of position `row` lies in a panel: mixed so that the eight positions that a
-// warp reads at once lie on different memory banks, and so do the two or four neighbouring
-// positions that eight threads write at once. Eight units stay together, so that what is added to
-// the unit or the position in multiples of eight is added to the address.
-template <class Traits>
-__device__ __forceinline__ unsigned char* correlation_unit(unsigned char* panel, unsigned row,
-                                                           unsigned unit) {
-  const unsigned pairs = row % 2 * 4 + row / 2 % 2 * 2;
-  const unsigned mask = sizeof(typename Traits::T) == 2 ? pairs + row / 4 % 2 : pairs;
-  return panel + (row * Traits::kRowUnits + unit / 8 * 8 + (unit % 8 ^ mask)) * 16;
-}
 
 // The stages of one tile that a block sums.
 struct CorrelationTask {
@@ -151,7 +139,7 @@ class CorrelationLoader {
     for (int i = 0; i < Traits::kUnitsPerThread; ++i) {
       const int unit = threadIdx.x % Traits::kLanes + i * Traits::kLanes;
       const bool read = valid && unit * Traits::kUnit < channels;
-      copy_async<16>(correlation_unit<Traits>(panel, threadIdx.x / Traits::kLanes, unit),
+      copy_async<16>(panel + Traits::Panel::unit(threadIdx.x / Traits::kLanes, unit),
                      read ? from + unit * Traits::kUnit : maps_[side], read);
     }
   }
@@ -168,23 +156,26 @@ template <class Traits>
 class CorrelationProduct {
  public:
   using T = typename Traits::T;
+  using Panel = typename Traits::Panel;
 
   // Adds one stage. The matrix units round sums towards zero: a stage's own sum is short, and
   // joins the others by an addition rounded to nearest.
   __device__ __forceinline__ void add_stage(unsigned char* left, unsigned char* right) {
     constexpr int kSteps = Traits::kDepth / kMmaDepth<T>;
+    const unsigned rows = Panel::rows_from(first_row());
+    const unsigned columns = Panel::columns_from(first_column());
     float stage[Traits::kRows][Traits::kColumns][4] = {};
 #pragma unroll(sizeof(T) == 2 ? kSteps : 1)  // more float32 fragments would not fit
     for (int step = 0; step < kSteps; ++step) {
       uint32_t b[Traits::kColumns][2], small_b[Traits::kColumns][2];
 #pragma unroll
       for (int c = 0; c < Traits::kColumns; c += 2)
-        load_columns(right, first_column() + 8 * c, step, b[c], b[c + 1]);
+        Panel::load_columns(right, columns, c, step, b[c], b[c + 1]);
       split(b, small_b);
 #pragma unroll
       for (int r = 0; r < Traits::kRows; ++r) {
         uint32_t a[1][4], small_a[1][4];
-        load_rows(left, first_row() + 16 * r, step, a[0]);
+        Panel::load_rows(left, rows, r, step, a[0]);
         split(a, small_a);
 #pragma unroll
         for (int c = 0; c < Traits::kColumns; ++c)
@@ -224,50 +215,6 @@ class CorrelationProduct {
   }
   static __device__ __forceinline__ unsigned first_column() {
     return threadIdx.x / 32 % kWarpsInRow * 32;
-  }
-
-  // The fragments of 16 channels from `channel` on (rows of A), at depth step `step` of a stage.
-  static __device__ __forceinline__ void load_rows(unsigned char* panel, unsigned channel, int step,
-                                                   uint32_t (&a)[4]) {
-    const unsigned lane = threadIdx.x % 32;
-    if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(a,
-                               correlation_unit<Traits>(panel, 16 * step + lane % 8 + lane / 16 * 8,
-                                                        channel / 8 + lane / 8 % 2));
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        a[r] = word(panel, 8 * step + lane % 4 + r / 2 * 4, channel / 4 + r % 2 * 2);
-    }
-  }
-
-  // The fragments of 16 channels from `channel` on, as two neighbouring groups of columns of B.
-  static __device__ __forceinline__ void load_columns(unsigned char* panel, unsigned channel,
-                                                      int step, uint32_t (&low)[2],
-                                                      uint32_t (&high)[2]) {
-    const unsigned lane = threadIdx.x % 32;
-    uint32_t both[4];
-    if constexpr (sizeof(T) == 2) {
-      load_matrices_transposed(
-          both, correlation_unit<Traits>(panel, 16 * step + lane % 16, channel / 8 + lane / 16));
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        both[r] = word(panel, 8 * step + lane % 4 + r % 2 * 4, channel / 4 + r / 2 * 2);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      low[r] = both[r];
-      high[r] = both[2 + r];
-    }
-  }
-
-  // The lane's channel of the eight from unit `unit` on.
-  static __device__ __forceinline__ uint32_t word(unsigned char* panel, unsigned row,
-                                                  unsigned unit) {
-    const unsigned lane = threadIdx.x % 32;
-    return reinterpret_cast<uint32_t*>(
-        correlation_unit<Traits>(panel, row, unit + lane / 16))[lane / 4 % 4];
   }
 
   // float32 values as pairs of TF32 values, of which the big ones replace them; or rounded.

@@ -17,4 +17,16 @@ __device__ __forceinline__ Shared& dynamic_shared() {
 #endif
 }
 
+// threadIdx.x, read anew: what follows from it is computed where it is used, and not kept in
+// registers from before a loop on.
+__device__ __forceinline__ unsigned fresh_thread() {
+#ifdef __CUDACC__
+  unsigned thread;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 }  // namespace ccp

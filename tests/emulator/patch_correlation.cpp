@@ -71,12 +71,10 @@ void check(const PatchCase& test, int schedules) {
 
 template <class Traits>
 void check_banks() {
-  alignas(128) static unsigned char panel[Traits::kDepth * Traits::kRowUnits * 16];
-  const auto at = [](unsigned row, unsigned unit) {
-    return ccp::correlation_unit<Traits>(panel, row, unit);
-  };
+  alignas(128) static unsigned char panel[Traits::kDepth * Traits::Panel::kRowUnits * 16];
+  const auto at = [](unsigned row, unsigned unit) { return panel + Traits::Panel::unit(row, unit); };
   for (unsigned thread = 0; thread < Traits::kThreads; thread += 8)
-    for (unsigned unit = 0; unit < Traits::kRowUnits; unit += Traits::kLanes)
+    for (unsigned unit = 0; unit < Traits::Panel::kRowUnits; unit += Traits::kLanes)
       testing::expect("copies meet no bank twice", testing::on_all_banks([&](unsigned lane) {
                         return at((thread + lane) / Traits::kLanes,
                                   (thread + lane) % Traits::kLanes + unit);
@@ -84,7 +82,7 @@ void check_banks() {
   // Eight rows of one unit for bfloat16, four of two for float32.
   constexpr unsigned kRows = sizeof(typename Traits::T) == 2 ? 8 : 4;
   for (unsigned row = 0; row < Traits::kDepth; row += kRows)
-    for (unsigned unit = 0; unit < Traits::kRowUnits; unit += 8 / kRows)
+    for (unsigned unit = 0; unit < Traits::Panel::kRowUnits; unit += 8 / kRows)
       testing::expect("fragments meet no bank twice", testing::on_all_banks([&](unsigned lane) {
                         return at(row + lane % kRows, unit + lane / kRows);
                       }));
