@@ -48,7 +48,7 @@ class WeightedGram(Operation):
         n, c = case.shape
         triangle = c * (c + 1) // 2
         size = case.elements * case.dtype.itemsize + 4 * n
-        return Work(size + 4 * (triangle + c * c), scalar=2 * n * triangle)
+        return Work(size + 4 * (triangle + c * c), 2 * n * triangle, rate=case.rate)
 
 
 def updated(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:

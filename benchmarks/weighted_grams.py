@@ -46,7 +46,7 @@ class WeightedGrams(Operation):
         triangles = sum(c * (c + 1) // 2 for c in case.widths)
         written = sum(c * c for c in case.widths)
         read = case.elements * case.dtype.itemsize + 4 * triangles
-        return Work(read + 4 * written, scalar=2 * case.shape[0] * triangles)
+        return Work(read + 4 * written, 2 * case.shape[0] * triangles, rate=case.rate)
 
 
 def _addmm(S: Tensors, a: Tensors) -> Tensors:

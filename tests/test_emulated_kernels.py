@@ -24,6 +24,7 @@ ROOT = EMULATOR.parent.parent
 DRIVERS = {
     "channel_dot": ["plain", "address", "thread"],
     "weighted_gram": ["plain", "address", "thread"],
+    "gram_product": ["plain", "address", "thread"],
     "patch_gram": ["plain", "address", "thread"],
     "patch_correlation": ["plain", "address", "thread"],
     "mma": ["plain", "address", "thread"],
@@ -112,6 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     [
         "channel_dot",
         "weighted_gram",
+        "gram_product",
         "patch_gram",
         "patch_correlation",
         "mma",
@@ -167,6 +169,7 @@ def test_the_benchmarks_check_reaches_every_kernel_of_map_similarity(run: Run) -
     [
         ("channel_dot", "reduce.cuh"),
         ("weighted_gram", "weighted_gram.cuh"),
+        ("gram_product", "gram_product.cuh"),
         ("map_similarity", "map_similarity.cuh"),
         ("channel_moments", "moments.h"),
         ("patch_gram", "patch_gram.cuh"),

@@ -25,7 +25,7 @@ constexpr GramTiles kSmallGramTiles{kSmallGramTile, 4, 256};
 // With float64 sums. More parts than run at once, since these take longest by far.
 constexpr GramTiles kDoubleGramTiles{kSmallGramTile, 8, 64};
 
-// Rows of a for the matrix units' kernel: channels side by side, every row aligned to 16 bytes.
+// Rows of a for the matrix units' kernel: channels side by side, in whole units of 16 bytes.
 // `data` is null where a copy must be packed first.
 struct GramRows {
   const void* data;
@@ -79,7 +79,7 @@ inline GramRows gram_rows_in_place(const WeightedGramParams& params, int element
   const int64_t unit = kVectorBytes / element_size;
   const int64_t stride = params.terms == 1 ? params.a_sample_stride : params.a_term_stride;
   // The stride of a dimension of size 1 carries no meaning.
-  const bool possible = (params.channels == 1 || params.a_channel_stride == 1) &&
+  const bool possible = params.channels % unit == 0 && params.a_channel_stride == 1 &&
                         rows_are_even(params, params.a_sample_stride, params.a_term_stride) &&
                         (gram_rows(params) == 1 || stride % unit == 0) &&
                         reinterpret_cast<uintptr_t>(params.a) % kVectorBytes == 0;

@@ -19,6 +19,14 @@ namespace ccp {
 
 constexpr int kGramPanelBytes = 8192;
 
+// Blocks with large tiles and weights that must fit on a multiprocessor. Elsewhere than on Hopper
+// the compiler takes more registers, and two would spill them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kLargeWeightedBlocks = 1;
+#else
+constexpr int kLargeWeightedBlocks = kLargeGramTiles.blocks_at_once;
+#endif
+
 template <class T_, int kTile_, bool kWeighted_>
 struct GramProductTraits {
   using T = T_;
@@ -27,7 +35,9 @@ struct GramProductTraits {
   using Panel = ChannelPanel<T, kTile>;
   static constexpr bool kLarge = kTile == kLargeGramTile;
   static constexpr int kThreads = 2 * kTile;
-  static constexpr int kBlocks = (kLarge ? kLargeGramTiles : kSmallGramTiles).blocks_at_once;
+  static constexpr int kBlocks = !kLarge     ? kSmallGramTiles.blocks_at_once
+                                 : kWeighted ? kLargeWeightedBlocks
+                                             : kLargeGramTiles.blocks_at_once;
   static constexpr int kStages = kLarge ? 4 : 3;
   static constexpr int kDepth = kGramPanelBytes / (kTile * static_cast<int>(sizeof(T)));
   static constexpr int kRowStep = kThreads / Panel::kRowUnits;  // rows that are loaded at once
@@ -88,20 +98,15 @@ __device__ __forceinline__ void load_gram_stage(const GramSource<typename Traits
   const int slot = stage % Traits::kStages;
   unsigned char* to = ring.panel[slot][0] + Panel::unit(row, unit);
   const auto* from = source.rows + (first + row) * source.stride + unit * Panel::kUnit;
-  const auto bytes_from = [&](int channel) {
-    const int bytes = (source.channels - channel) * static_cast<int>(sizeof *from);
-    return bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
-  };
-  const int left = bytes_from(unit * Panel::kUnit);
-  const int right = bytes_from(unit * Panel::kUnit + source.to_column);
+  const int channels = source.channels - unit * Panel::kUnit;
 #pragma unroll
   for (int i = 0; i < Traits::kDepth; i += Traits::kRowStep) {
-    // Nothing is read from where there is nothing to copy.
+    // Nothing is read where there is no row or channel.
     const bool inside = row + i < rows;
-    copy_part_async<16>(to + i * Panel::kRowBytes, from, inside ? left : 0);
+    copy_or_zero_async(to + i * Panel::kRowBytes, from, inside && channels > 0);
     if (source.to_column > 0)
-      copy_part_async<16>(to + kGramPanelBytes + i * Panel::kRowBytes, from + source.to_column,
-                          inside ? right : 0);
+      copy_or_zero_async(to + kGramPanelBytes + i * Panel::kRowBytes, from + source.to_column,
+                         inside && channels > source.to_column);
     from += Traits::kRowStep * source.stride;
   }
   if (Traits::kWeighted && thread < Traits::kDepth)

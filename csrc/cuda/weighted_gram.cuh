@@ -147,9 +147,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     weighted_grams(const __grid_constant__ GramLaunch launch, double* partial) {
   constexpr int kSide = Traits::kSide;
   __shared__ GramShared shared;
+  __shared__ GramTask task;
   const int line = threadIdx.x / Traits::kLines, column = threadIdx.x % Traits::kLines;
   for (int64_t block = blockIdx.x; block < launch.blocks; block += gridDim.x) {
-    const GramTask task = gram_task(launch, block);
+    if (threadIdx.x == 0) task = gram_task(launch, block);
+    __syncthreads();
     const GramLayer& layer = launch.layer[task.layer];
     double sums[kSide][kSide] = {};
     compute_part<Traits>(layer.params, task, shared, sums);

@@ -70,7 +70,7 @@ std::vector<Case> cases() {
       {"no weights", {{24, 75, 1, false}}, 0, false},
       {"odd channels", {{37, 70, 1, true}}, 1, false},
       {"a row that begins anywhere", {{16, 5, 1, true, 0, 1}}, 1, false},
-      {"rows with gaps, several terms", {{70, 3, 5, true, 2}}, 0, false},
+      {"rows with gaps, several terms", {{72, 3, 5, true, 8}}, 0, false},
       {"terms first in memory", {{72, 3, 5, true, 0, 0, true, false}}, 1, false},
       {"several tiles", {{136, 65, 1, false, 0, 0, false, false}}, 0, false},
       {"in parts", {{72, 600, 1, true}}, 0, true},

@@ -160,14 +160,32 @@ void test_tiles() {
   expect("last tile of a distant column", ccp::upper_tile(first - 1).row == column - 1);
 }
 
-void test_grouped_grams() {
-  std::vector<ccp::WeightedGramParams> layers(53);
+std::vector<ccp::WeightedGramParams> gram_layers(const std::vector<int64_t>& widths,
+                                                 int64_t samples) {
+  alignas(16) static float data[4], sigma[4];
+  std::vector<ccp::WeightedGramParams> layers(widths.size());
   for (size_t i = 0; i < layers.size(); ++i) {
-    layers[i].channels = 64 << i % 6;
-    layers[i].samples = i == 3 ? 50000 : 256;
-    layers[i].terms = 1;
+    layers[i].a = data;
+    layers[i].sigma = sigma;
+    layers[i].channels = layers[i].a_sample_stride = layers[i].S_stride = widths[i];
+    layers[i].samples = samples;
+    layers[i].terms = layers[i].a_channel_stride = layers[i].sigma_sample_stride = 1;
   }
-  const ccp::GramLaunch launch = ccp::plan_weighted_grams(layers.data(), 53);
+  return layers;
+}
+
+ccp::GramLaunch grams(const std::vector<ccp::WeightedGramParams>& layers) {
+  return ccp::plan_weighted_grams(layers.data(), static_cast<int>(layers.size()), sizeof(float));
+}
+
+void test_grouped_grams() {
+  std::vector<int64_t> widths(53);
+  for (size_t i = 0; i < widths.size(); ++i) widths[i] = 64 << i % 6;
+  std::vector<ccp::WeightedGramParams> layers = gram_layers(widths, 256);
+  layers[3].samples = 50000;
+  layers[5].a_channel_stride = 2;
+  layers[6].sigma_is_double = true;
+  const ccp::GramLaunch launch = grams(layers);
   int64_t blocks = 0, split_tiles = 0, parts = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     const ccp::GramLayer& layer = launch.layer[i];
@@ -178,13 +196,64 @@ void test_grouped_grams() {
     expect(name + " begins where the one before ends", layer.first_block == blocks &&
                                                            layer.first_split_tile == split_tiles &&
                                                            layer.first_part == parts);
+    expect(name + " is packed", (layer.rows.data == nullptr) == (i == 5));
+    expect(name + " has packed weights", (layer.weights == nullptr) == (i == 6));
     blocks += layer.tiles * count;
     split_tiles += count > 1 ? layer.tiles : 0;
     parts += count > 1 ? layer.tiles * count : 0;
   }
   expect("all blocks, split tiles and parts are counted",
          launch.blocks == blocks && launch.split_tiles == split_tiles && launch.parts == parts);
-  expect("a long layer is split, short ones are not", split_tiles == 36 && parts > 36);
+  expect("a long layer is split, short ones are not",
+         launch.layer[3].split.count > 1 && split_tiles == launch.layer[3].tiles);
+  expect("a row of 2048 float32 is packed into as many, and 256 weights",
+         launch.packed_rows == 256 * 2048 && launch.packed_weights == 256);
+}
+
+void test_gram_tiles() {
+  std::vector<int64_t> resnet50;
+  const auto append = [&](int64_t count, int64_t width) {
+    resnet50.insert(resnet50.end(), count, width);
+  };
+  append(7, 64), append(8, 128), append(16, 256), append(11, 512), append(7, 1024), append(4, 2048);
+  const ccp::GramLaunch all = grams(gram_layers(resnet50, 256));
+  expect("all layers of a ResNet-50 take large tiles, not split",
+         all.tile == ccp::kLargeGramTile && all.blocks == 969 && all.parts == 0);
+  const ccp::GramLaunch widest = grams(gram_layers({2048}, 256));
+  expect("one of them takes small tiles, four for each multiprocessor",
+         widest.tile == ccp::kSmallGramTile && widest.blocks == 528 && widest.parts == 0);
+  const ccp::GramLaunch narrow = grams(gram_layers({64}, 100000));
+  expect("one tile is split until it fills the device",
+         narrow.blocks > 300 && narrow.blocks <= 528 && narrow.parts == narrow.blocks);
+  expect("few rows are not split", grams(gram_layers({64}, 511)).parts == 0);
+  expect(
+      "no part is too long for 32 bits",
+      grams(gram_layers({64}, int64_t{1} << 40)).layer[0].split.length < 2 * ccp::kGramMaximumRows);
+}
+
+void test_gram_rows_in_place() {
+  alignas(16) static float data[8];
+  const auto in_place = [&](ccp::WeightedGramParams params) {
+    return ccp::gram_rows_in_place(params, sizeof(float)).data != nullptr;
+  };
+  ccp::WeightedGramParams params = gram_layers({64}, 10)[0];
+  params.a = data;
+  expect("aligned rows", in_place(params));
+  params.a_sample_stride = 66;
+  expect("rows that begin within a unit", !in_place(params));
+  params.samples = 1;
+  expect("a single row has no stride", in_place(params));
+  params.a = data + 1;
+  expect("a row that begins within a unit", !in_place(params));
+  params.a = data;
+  params.samples = 10, params.terms = 3, params.a_term_stride = 64, params.a_sample_stride = 192;
+  expect("samples follow on terms", in_place(params));
+  params.a_sample_stride = 256;
+  expect("samples with gaps", !in_place(params));
+  params.sigma_sample_stride = 3, params.sigma_term_stride = 1;
+  expect("weights side by side", ccp::gram_weights_in_place(params) != nullptr);
+  params.sigma_sample_stride = 1, params.sigma_term_stride = 10;
+  expect("weights in another order", ccp::gram_weights_in_place(params) == nullptr);
 }
 
 void test_patch_products() {
@@ -472,6 +541,8 @@ int main(int argc, char** argv) {
   test_pieces_of_an_axis();
   test_pieces_of_the_plane();
   test_grouped_grams();
+  test_gram_tiles();
+  test_gram_rows_in_place();
   test_patch_products();
   test_layouts();
   test_vector_width();
