@@ -17,14 +17,14 @@
 
 namespace ccp {
 
-constexpr int kGramPanelBytes = 8192;
-
-// Blocks with large tiles and weights that must fit on a multiprocessor. Elsewhere than on Hopper
-// the compiler takes more registers, and two would spill them.
+// Of large tiles. The sums of two blocks leave just enough registers on a multiprocessor; elsewhere
+// than on Hopper the compiler takes more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kLargeWeightedBlocks = 1;
+constexpr bool kDeepGramStages = false;
+constexpr int kWeightedGramBlocks = 1;
 #else
-constexpr int kLargeWeightedBlocks = kLargeGramTiles.blocks_at_once;
+constexpr bool kDeepGramStages = true;
+constexpr int kWeightedGramBlocks = kLargeGramTiles.blocks_at_once;
 #endif
 
 template <class T_, int kTile_, bool kWeighted_>
@@ -36,10 +36,13 @@ struct GramProductTraits {
   static constexpr bool kLarge = kTile == kLargeGramTile;
   static constexpr int kThreads = 2 * kTile;
   static constexpr int kBlocks = !kLarge     ? kSmallGramTiles.blocks_at_once
-                                 : kWeighted ? kLargeWeightedBlocks
+                                 : kWeighted ? kWeightedGramBlocks
                                              : kLargeGramTiles.blocks_at_once;
-  static constexpr int kStages = kLarge ? 4 : 3;
-  static constexpr int kDepth = kGramPanelBytes / (kTile * static_cast<int>(sizeof(T)));
+  // Few deep stages: what a stage takes beside its products is shared by more of them.
+  static constexpr bool kDeep = kLarge && !kWeighted && kDeepGramStages;
+  static constexpr int kStages = kDeep ? 2 : kLarge ? 4 : 3;
+  static constexpr int kPanelBytes = kDeep ? 16384 : 8192;
+  static constexpr int kDepth = kPanelBytes / (kTile * static_cast<int>(sizeof(T)));
   static constexpr int kRowStep = kThreads / Panel::kRowUnits;  // rows that are loaded at once
   static constexpr int kRows = kTile / 32;  // fragments of 16 rows: a warp has half the rows
   static constexpr int kColumns = 4;        // fragments of 8 columns
@@ -50,7 +53,7 @@ struct GramProductTraits {
 
 template <class Traits>
 struct GramRing {
-  unsigned char panel[Traits::kStages][2][kGramPanelBytes];
+  unsigned char panel[Traits::kStages][2][Traits::kPanelBytes];
   float weight[Traits::kStages][Traits::kDepth];
 };
 
@@ -59,6 +62,8 @@ template <class Traits>
 union alignas(16) GramProductShared {
   GramRing<Traits> ring;
   float tile[Traits::kTile][kGramTileRow<Traits::kTile>];
+  // Then its size is the same on every GPU, however deep the stages are.
+  static_assert(!Traits::kLarge || sizeof ring <= sizeof tile);
 };
 
 // What a block sums, in shared memory: the sums leave no registers for it.
@@ -82,7 +87,7 @@ __device__ __forceinline__ GramSource<typename Traits::T> gram_source(const Gram
   return {task,
           static_cast<const T*>(layer.rows.data) + task.first * stride + channel,
           stride,
-          layer.weights + task.first,
+          Traits::kWeighted ? layer.weights + task.first : nullptr,
           (task.column - task.row) * Traits::kTile,
           static_cast<int>(layer.params.channels - channel)};
 }
@@ -99,13 +104,13 @@ __device__ __forceinline__ void load_gram_stage(const GramSource<typename Traits
   unsigned char* to = ring.panel[slot][0] + Panel::unit(row, unit);
   const auto* from = source.rows + (first + row) * source.stride + unit * Panel::kUnit;
   const int channels = source.channels - unit * Panel::kUnit;
-#pragma unroll
+#pragma unroll(Traits::kDeep ? 1 : Traits::kDepth / Traits::kRowStep)  // deep: to save registers
   for (int i = 0; i < Traits::kDepth; i += Traits::kRowStep) {
     // Nothing is read where there is no row or channel.
     const bool inside = row + i < rows;
     copy_or_zero_async(to + i * Panel::kRowBytes, from, inside && channels > 0);
     if (source.to_column > 0)
-      copy_or_zero_async(to + kGramPanelBytes + i * Panel::kRowBytes, from + source.to_column,
+      copy_or_zero_async(to + Traits::kPanelBytes + i * Panel::kRowBytes, from + source.to_column,
                          inside && channels > source.to_column);
     from += Traits::kRowStep * source.stride;
   }

@@ -29,8 +29,7 @@ void run(const Case& test, const std::vector<WeightedGramParams>& layers, const 
   testing::expect(test.name + ": packed layers", packed_layers == test.packed_layers);
   testing::expect(test.name + ": parts", (launch.parts > 0) == test.in_parts);
   // Aligned as memory from the device is.
-  std::vector<uint4> rows(launch.packed_rows * sizeof(T) / sizeof(uint4));
-  memset(rows.data(), 0xff, rows.size() * sizeof(uint4));
+  std::vector<uint4> rows(launch.packed_rows * sizeof(T) / sizeof(uint4), {~0u, ~0u, ~0u, ~0u});
   auto weights = testing::unwritten<float>(launch.packed_weights);
   auto partial = testing::unwritten<float>(launch.parts * launch.tile * launch.tile);
   ccp::place_packed_copies(rows.data(), weights.data(), sizeof(T), launch);
@@ -98,7 +97,7 @@ template <class Traits>
 void check_banks() {
   using Panel = typename Traits::Panel;
   constexpr bool kFloat = sizeof(typename Traits::T) == 4;
-  alignas(128) static unsigned char panel[ccp::kGramPanelBytes];
+  alignas(128) static unsigned char panel[Traits::kPanelBytes];
   const auto at = [](unsigned row, unsigned unit) { return panel + Panel::unit(row, unit); };
   for (unsigned thread = 0; thread < Traits::kThreads; thread += 8)
     testing::expect("copies meet no bank twice", testing::on_all_banks([&](unsigned lane) {
