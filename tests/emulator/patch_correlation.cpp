@@ -72,7 +72,9 @@ void check(const PatchCase& test, int schedules) {
 template <class Traits>
 void check_banks() {
   alignas(128) static unsigned char panel[Traits::kDepth * Traits::Panel::kRowUnits * 16];
-  const auto at = [](unsigned row, unsigned unit) { return panel + Traits::Panel::unit(row, unit); };
+  const auto at = [](unsigned row, unsigned unit) {
+    return panel + Traits::Panel::unit(row, unit);
+  };
   for (unsigned thread = 0; thread < Traits::kThreads; thread += 8)
     for (unsigned unit = 0; unit < Traits::Panel::kRowUnits; unit += Traits::kLanes)
       testing::expect("copies meet no bank twice", testing::on_all_banks([&](unsigned lane) {
