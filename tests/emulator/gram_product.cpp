@@ -70,7 +70,7 @@ void check(const Case& test, const GramTiles& tiles, int schedules) {
 std::vector<Case> cases() {
   return {
       {"one small tile", {{8, 3, 1, true}}, 0, false},
-      {"no weights", {{24, 140, 1, false}}, 0, false},
+      {"no weights", {{24, 75, 1, false}}, 0, false},
       {"odd channels", {{37, 70, 1, true}}, 1, false},
       {"a row that begins anywhere", {{16, 5, 1, true, 0, 1}}, 1, false},
       {"rows with gaps, several terms", {{72, 3, 5, true, 8}}, 0, false},
@@ -121,6 +121,9 @@ template <class T>
 void check_all(int schedules) {
   check_banks<ccp::GramProductTraits<T, ccp::kSmallGramTile, true>>();
   check_banks<ccp::GramProductTraits<T, ccp::kLargeGramTile, true>>();
+  const Case long_rows{"the ring goes round", {{8, 300, 1, false}}, 0, false};
+  check<T, float>(long_rows, ccp::kSmallGramTiles, schedules);
+  check<T, float>(long_rows, ccp::kLargeGramTiles, schedules);
   for (const Case& test : cases()) check<T, float>(test, kSmallTiles, schedules);
   for (const Case& test : large_cases()) check<T, double>(test, kLargeTiles, schedules);
 }
