@@ -77,11 +77,13 @@ inline bool rows_are_even(const WeightedGramParams& params, int64_t sample_strid
 
 inline GramRows gram_rows_in_place(const WeightedGramParams& params, int element_size) {
   const int64_t unit = kVectorBytes / element_size;
-  const int64_t stride = params.terms == 1 ? params.a_sample_stride : params.a_term_stride;
-  // The stride of a dimension of size 1 carries no meaning.
+  // The stride of a dimension of size 1 carries no meaning; it must not lead off a unit's boundary.
+  const int64_t stride = gram_rows(params) == 1 ? 0
+                         : params.terms == 1    ? params.a_sample_stride
+                                                : params.a_term_stride;
   const bool possible = params.channels % unit == 0 && params.a_channel_stride == 1 &&
                         rows_are_even(params, params.a_sample_stride, params.a_term_stride) &&
-                        (gram_rows(params) == 1 || stride % unit == 0) &&
+                        stride % unit == 0 &&
                         reinterpret_cast<uintptr_t>(params.a) % kVectorBytes == 0;
   return {possible ? params.a : nullptr, stride};
 }

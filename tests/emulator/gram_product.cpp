@@ -70,6 +70,7 @@ void check(const Case& test, const GramTiles& tiles, int schedules) {
 std::vector<Case> cases() {
   return {
       {"one small tile", {{8, 3, 1, true}}, 0, false},
+      {"one row, whose stride is no whole unit", {{8, 1, 1, false, 1}}, 0, false},
       {"no weights", {{24, 75, 1, false}}, 0, false},
       {"odd channels", {{37, 70, 1, true}}, 1, false},
       {"a row that begins anywhere", {{16, 5, 1, true, 0, 1}}, 1, false},
