@@ -138,7 +138,7 @@ run_more() {
 }
 
 run_sanitize() {
-  local failed=0 tools=(memcheck racecheck initcheck) tool begin reason
+  local failed=0 ran=0 tools=(memcheck racecheck initcheck) tool begin reason
   if [ -n "$DRY" ]; then
     limited 60 40 "$PYTHON" -m benchmarks.check
     return
@@ -154,13 +154,15 @@ run_sanitize() {
     # Only this project's kernels; every allocation its own, so that its ends are seen.
     limited 75 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
       --kernel-name kns=ccp --error-exitcode 1 --print-limit 10 \
-      "$PYTHON" -m benchmarks.check --device cuda && continue
+      "$PYTHON" -m benchmarks.check --device cuda && ran=1 && continue
     # Some machines let no tool at the GPU: that is no finding, and the other tools need no try.
-    if reason=$(tail -n "+$begin" "$LOG" | grep -i -m 1 'device not supported'); then
+    reason=$(tail -n "+$begin" "$LOG" | grep -i 'device not supported')
+    if [ -n "$reason" ] && [ "$ran" = 0 ]; then
+      reason=${reason%%$'\n'*}
       NOT_RUN="$tool: ${reason#========= }"
       return 0
     fi
-    failed=1
+    ran=1 failed=1
   done
   return $failed
 }

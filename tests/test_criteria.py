@@ -121,7 +121,7 @@ def test_every_criterion_says_where_it_comes_from(name):
     assert criterion.note or name == "random"  # what the source leaves open, or what differs
 
 
-def test_costs_in_one_unit_are_allocated_by_their_sum_and_others_uniformly():
+def test_costs_that_compare_across_groups_are_allocated_by_their_sum_and_others_uniformly():
     optimal = {name for name in criteria.names() if criteria.get(name).allocation == "optimal"}
     assert optimal == {
         *("ccp", "ccp-ac", "fisher", "taylor", "taylor-2019", "obd-c", "sosp-h"),

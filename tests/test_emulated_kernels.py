@@ -176,13 +176,12 @@ def test_the_benchmarks_check_reaches_every_kernel_of_map_similarity(run: Run) -
         ("patch_correlation", "patch_correlation.cuh"),
     ],
 )
-def test_a_missing_barrier_is_reported_as_a_race(
-    run: Run, driver: str, file: str, barrier: str
-) -> None:
+def test_a_missing_barrier_is_reported(run: Run, driver: str, file: str, barrier: str) -> None:
+    """As a race, or as a deadlock where threads that read too early go another way."""
     finished = run(driver, "thread", "1", "drop-barrier", barrier)
     assert finished.returncode != 0
-    assert "ThreadSanitizer: data race" in finished.stderr
-    assert file in finished.stderr
+    raced = "ThreadSanitizer: data race" in finished.stderr and file in finished.stderr
+    assert raced or "deadlock: of " in finished.stderr
 
 
 def test_a_launch_beyond_the_data_is_reported(run: Run) -> None:

@@ -168,6 +168,15 @@ def test_the_next_batch_is_decoded_while_one_is_in_use(tree, monkeypatch):
     assert len(decoded) == 4
 
 
+def test_a_damaged_photo_is_reported_when_its_batch_is_due(tree):
+    train = datasets.load(tree, "train")
+    train.images.files[4].write_bytes(b"text")
+    batches = train.batches(2)
+    next(batches), next(batches)
+    with pytest.raises(InputError, match="is not a readable picture"):
+        next(batches)
+
+
 def test_a_changed_file_changes_the_identity(tree):
     def fingerprint() -> list[int]:
         return datasets.load(tree, "train").identity()[0].tolist()

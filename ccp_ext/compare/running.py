@@ -86,7 +86,6 @@ def _compare(
         _make_rows_in_parallel(settings, folder, missing, devices, say)
     # Of rows after which a run was stopped.
     folder.remove(*(name for job in jobs for name in job.temporary_files))
-    _take_snapshot(settings, inputs, folder, progress)
     rows = [_read_row(folder, job) for job in jobs]
     result = {
         "settings": dataclasses.asdict(settings),
@@ -99,6 +98,7 @@ def _compare(
     folder.write("comparison.json", result)
     files.write_text(folder.path / "comparison.csv", as_csv(rows))
     files.write_text(folder.path / "comparison.md", as_markdown(result))
+    _take_snapshot(settings, inputs, folder, progress)
     return result
 
 

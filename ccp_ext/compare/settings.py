@@ -138,6 +138,12 @@ class CompareSettings:
         self.arms()
         for text in self.repair:
             self._check_repair(text)
+        if self.finetune is not None and not any(
+            FINETUNE in text.split("+") for text in self.repair
+        ):
+            raise InputError(
+                f"epochs is given, but no repair ends in {FINETUNE}; got {', '.join(self.repair)}"
+            )
 
     def arms(self) -> list[Arm]:
         return [Arm.parse(text) for text in self.criteria]

@@ -172,9 +172,10 @@ def refit(
         for k, layer in enumerate(tqdm(chosen, "refit", disable=not progress, leave=False)):
             count = holding.batches[layer.path]
             _dismiss(waiting, count)
-            more = images.batches(holding.batch_size, start=len(waiting))
-            for x, _ in itertools.islice(more, count - len(waiting)):
-                waiting.append(Batch(*models, chosen[k:], x, draw, share, after_turn=ceiling.keep))
+            with contextlib.closing(images.batches(holding.batch_size, start=len(waiting))) as more:
+                for x, _ in itertools.islice(more, count - len(waiting)):
+                    one = Batch(*models, chosen[k:], x, draw, share, after_turn=ceiling.keep)
+                    waiting.append(one)
             if layer.branch:
                 layer.branch.improve((batch.branch(layer) for batch in waiting), ridge, joint)
             result.unexplained[layer.path] = _fit(layer, waiting, ridge)

@@ -70,8 +70,8 @@ class Criterion:
         auxiliary_heads: classifiers inside the network that its fine-tuning is published with.
         uses: the fields of :class:`Options` that it reads, besides the seed.
         allocation: what the allocation "auto" means for it: "optimal" if the costs of all groups
-            are in one unit (the change of the loss or of the logits), so that they can be added;
-            else "uniform".
+            are in one unit (the change of the loss or of the logits), so that they can be added,
+            or if its source ranks the channels of all groups together; else "uniform".
     """
 
     name: ClassVar[str]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +105,9 @@ class ImageSet:
         """
         self._check_batch_options(batch_size, shuffle, start)
         self.check_augmentation(augment)
-        batches = self._batches(batch_size, shuffle, seed, augment, device, start)
-        return batches if self._in_memory else _ahead(batches)
+        batches = self._stored(batch_size, shuffle, seed, augment, start)
+        target = self.images.device if device is None else torch.device(device)
+        return self._finished(batches if self._in_memory else _ahead(batches), augment, target)
 
     def check_augmentation(self, augment: str | None) -> None:
         """Raises InputError for one that is unknown or that these images cannot have."""
@@ -120,22 +123,16 @@ class ImageSet:
                 f"are decoded; {self.name} lies in memory at one size and takes crop_flip"
             )
 
-    def _batches(
-        self,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        augment: str | None,
-        device: torch.device | str | None,
-        start: int,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stored(
+        self, batch_size: int, shuffle: bool, seed: int, augment: str | None, start: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Images as bytes and labels where they lie, and random numbers to be applied to them."""
         # All random numbers of the pass are drawn first, on the CPU: a pass that begins at a later
         # batch, or feeds another device, sees the same ones.
         generator = torch.Generator().manual_seed(seed)
         count, home = len(self), self.images.device
         order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
         draws = _DRAWS[augment](count, generator) if augment else None
-        target = torch.device(device) if device is not None else home
         for first in range(start * batch_size, count, batch_size):
             rows = slice(first, first + batch_size)
             index = order[rows].to(home)
@@ -143,11 +140,21 @@ class ImageSet:
                 images = self.images.resized_crops(index, draws[rows])
             else:
                 images = self.images[index]
-            # Transferred as bytes, a quarter of the floats they become on the device.
-            images, labels = images.to(target), self.labels[index].to(target)
-            if augment == "crop_flip":
-                images = crop_flip(images, draws[rows].to(target))
-            yield self.normalise(images), labels
+            yield images, self.labels[index], None if draws is None else draws[rows]
+
+    def _finished(
+        self,
+        batches: Iterator[tuple[Tensor, Tensor, Tensor | None]],
+        augment: str | None,
+        target: torch.device,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        with contextlib.closing(batches):
+            for images, labels, draws in batches:
+                # Transferred as bytes, a quarter of the floats they become on the device.
+                images, labels = images.to(target), labels.to(target)
+                if augment == "crop_flip":
+                    images = crop_flip(images, draws.to(target))
+                yield self.normalise(images), labels
 
     @property
     def _in_memory(self) -> bool:
@@ -210,13 +217,17 @@ class ImageSet:
             )
 
 
-def _ahead(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
     """The same, the next one made by another thread while one is in use."""
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
             coming = thread.submit(next, batches, None)
             yield batch
+    finally:
+        # Whoever gives up does not wait: it may be a thread that the other one waits for.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def draw_crop_flips(count: int, generator: torch.Generator) -> Tensor:
