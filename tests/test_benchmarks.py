@@ -577,7 +577,7 @@ def test_gpu_script_tells_findings_from_a_sanitizer_that_cannot_run(
         program(tmp_path / "compute-sanitizer", f'echo "ran $2"\n{tool}')
     machine = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_HOME": str(tmp_path)}
     finished = run_script(tmp_path / "out", "sanitize", PYTHON="echo", **machine)
-    assert f"== sanitize: {result}, 0 s" in finished.stdout
+    assert f"== sanitize: {result}, " in finished.stdout
     assert finished.returncode == status
     tools = {"not run": 1, "FAILED": 4, "ok": 4}[result.partition(":")[0]] if tool else 0
     assert finished.stdout.count("\nran ") == tools
