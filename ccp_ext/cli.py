@@ -351,7 +351,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(
         compare, device="cpu, cuda, ... (default auto); several joined by commas: a process each"
     )
-    compare.add_argument("--output", required=True, help="folder for the rows, tables and page")
+    compare.add_argument(
+        "--output",
+        required=True,
+        help="folder for the rows, tables and page; may hold a comparison of other criteria, "
+        "budgets, repairs or seeds, whose rows are kept",
+    )
     compare.add_argument(
         "--criteria",
         type=_list_of(str),

@@ -165,6 +165,24 @@ def test_an_interrupted_comparison_goes_on_to_the_same_rows(inputs, whole, tmp_p
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+def test_a_folder_grows_by_criteria_budgets_seeds_and_repairs(inputs, whole, tmp_path):
+    output = tmp_path / "run"
+    wanted = settings(inputs, repair=("none", "batchnorm"))
+    part = dataclasses.replace(
+        wanted,
+        criteria=("ccp", "random"),
+        macs=wanted.macs[:1],
+        seeds=wanted.seeds[1:],
+        repair=("batchnorm",),
+    )
+    assert len(run(part, output)["rows"]) == 2
+    kept = {path: path.stat().st_mtime_ns for path in (output / "rows").iterdir()}
+    assert results(run(wanted, output)["rows"]) == results(whole[1]["rows"])
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert len(run(part, output)["rows"]) == 2
+    assert len(list((output / "rows").iterdir())) == len(whole[1]["rows"])
+
+
 def test_two_processes_make_the_rows_of_one_and_the_failure_of_one_leaves_the_others(
     inputs, whole, tmp_path
 ):

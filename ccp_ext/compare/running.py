@@ -34,6 +34,9 @@ def compare(
 ) -> dict[str, Any]:
     """Make every row that the folder lacks, and the tables.
 
+    The folder may hold a comparison of other criteria, budgets, repairs or seeds, all other
+    settings equal: its rows stay, and the tables show those asked for now.
+
     Writes to the folder ``output``: ``settings.json``, ``plain.json``, a file for each row in
     ``rows``, for a row that is fine-tuned a CSV file of its epochs in ``logs``, and at the end
     ``snapshot.safetensors`` (matrices and maps for the page), ``comparison.json``,
@@ -59,7 +62,7 @@ def compare(
     """
     inputs = load_inputs(settings, devices[0])
     _check(settings, inputs)
-    with RunFolder.opened(output, {**dataclasses.asdict(settings), **inputs.contents()}) as folder:
+    with RunFolder.opened(output, {**settings.shared(), **inputs.contents()}) as folder:
         return _compare(settings, inputs, folder, devices, progress, say)
 
 

@@ -15,6 +15,8 @@ from ccp_ext.planning import ALLOCATIONS
 
 CONTROL = "random"
 FINETUNE = "finetune"
+# What distinguishes the rows of a comparison; all else in its settings they share.
+AXES = ("criteria", "macs", "params", "seeds", "repair")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class CompareSettings:
             object.__setattr__(self, "criteria", (*self.criteria, CONTROL))
         if bool(self.macs) == bool(self.params):
             raise InputError("give budgets of exactly one kind, macs or params")
-        for option in ("criteria", "macs", "params", "seeds", "repair"):
+        for option in AXES:
             values = getattr(self, option)
             if len(set(values)) < len(values):
                 raise InputError(f"{option} holds a value twice: {', '.join(map(str, values))}")
@@ -144,6 +146,10 @@ class CompareSettings:
             raise InputError(
                 f"epochs is given, but no repair ends in {FINETUNE}; got {', '.join(self.repair)}"
             )
+
+    def shared(self) -> dict[str, Any]:
+        """All that a row depends on beside its own columns."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in AXES}
 
     def arms(self) -> list[Arm]:
         return [Arm.parse(text) for text in self.criteria]
