@@ -42,8 +42,8 @@ class Subject:
     def __init__(self, weights: str, data: str, scope: str = "inner") -> None:
         self.train, self.test = (datasets.load(data, split) for split in ("train", "test"))
         self.model = load_model(lambda: models.create("resnet56"), weights).eval()
-        example = self.train.normalise(self.train.images[:1])
-        self.graph = trace(self.model, example).select_groups(scope)
+        self.example = self.train.normalise(self.train.images[:1])
+        self.graph = trace(self.model, self.example).select_groups(scope)
 
     def draw(self, seed: int, count: int) -> datasets.ImageSet:
         """The first ``count`` training images in the seed's order, or the last ``-count``."""

@@ -66,6 +66,8 @@ class Arm:
 
 
 ARMS = (
+    Arm("taylor", 0.474, "optimal"),
+    Arm("taylor", 0.53, "optimal"),
     Arm("refit-loss", 0.474, "optimal"),
     Arm(UNPRUNED),
     Arm("ccp-ac", 0.53, "optimal"),
