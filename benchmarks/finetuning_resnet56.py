@@ -67,7 +67,6 @@ class Arm:
 
 ARMS = (
     Arm("taylor", 0.474, "optimal"),
-    Arm("taylor", 0.53, "optimal"),
     Arm("refit-loss", 0.474, "optimal"),
     Arm(UNPRUNED),
     Arm("ccp-ac", 0.53, "optimal"),
