@@ -12,6 +12,8 @@ from torch import Tensor
 from ccp_ext import JointCost, collect, joint, refine, trace
 from ccp_ext.allocation.resource import Resource
 from ccp_ext.errors import InputError
+from ccp_ext.joint.descent import _Point
+from ccp_ext.joint.problem import Problem
 from tests.small_networks import Shared, lively
 
 WIDTHS = {"a": 4, "b": 5, "c": 3}
@@ -264,7 +266,7 @@ def test_only_allowed_counts_are_reached(seed):
 def test_the_bookkeeping_of_many_flips_equals_a_recomputation():
     cost, start = random_cost(5), random_masks(5)
     F, u = dense(cost)
-    point = joint._Point.at(joint._Problem(cost, list(WIDTHS)), joined(start))
+    point = _Point.at(Problem(cost, list(WIDTHS)), joined(start))
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         flips = torch.randperm(len(u), generator=generator)[:2].tolist()
