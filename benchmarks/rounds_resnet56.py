@@ -2,9 +2,9 @@
 
     python -m benchmarks.rounds_resnet56 --weights resnet56-4bfd9763.th --data data/cifar10
 
-Every round ends in the re-estimation of BatchNorm, so that the next one's statistics are of a
-network that works. The diagonal of S stands beside the whole, random selection beside both. Rows
-are written as they are done, and a second call continues.
+Every round ends in the repair, so that the next one's statistics are of a network that works. The
+diagonal of S stands beside the whole, random selection beside both. Rows are written as they are
+done, and a second call continues.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from typing import Any
 from torch import nn
 
 from benchmarks.evidence import Rows, Subject, add_arguments
-from ccp_ext import criteria, surgery
+from ccp_ext import criteria, repair, surgery
 from ccp_ext.allocation.rounds import Schedule
-from ccp_ext.compensation import reestimate_batchnorm
 from ccp_ext.graph import trace
 from ccp_ext.planning import make_plan
 
 NAME = "rounds_resnet56"
 BUDGET, SCOPE = 0.5, "inner"
-KEY = ("criterion", "diagonal", "rounds", "seed")
+KEY = ("criterion", "diagonal", "repair", "rounds", "seed")
 ARMS = (("ccp", False), ("ccp", True), ("taylor", False), ("random", False))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--criteria", nargs="+", default=["ccp", "taylor", "random"])
     parser.add_argument("--rounds", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--repair", default="batchnorm", choices=["batchnorm", "refit"])
     parser.add_argument("--images", type=int, default=2_500, help="for the statistics of a round")
     parser.add_argument("--repair-images", type=int, default=2_000)
     parser.add_argument("--batch-size", type=int, default=250)
@@ -44,14 +45,15 @@ def main() -> None:
     rows = Rows(NAME, KEY, head)
     for seed in options.seeds:
         for criterion, diagonal in ARMS:
-            for rounds in options.rounds:
-                key = dict(zip(KEY, (criterion, diagonal, rounds, seed), strict=True))
+            for rounds in options.rounds if criterion in options.criteria else ():
+                values = (criterion, diagonal, options.repair, rounds, seed)
+                key = dict(zip(KEY, values, strict=True))
                 if not rows.has(key):
                     rows.add(key, _measure(subject, options, key))
     text = (
         f"Inner groups, {BUDGET:.0%} of the MACs kept, {options.images:,} training images for the "
-        f"statistics of each round, {options.repair_images:,} for the re-estimation of BatchNorm "
-        "behind it, no fine-tuning; each criterion with its own allocation. Test accuracy in "
+        f"statistics of each round, {options.repair_images:,} for the repair behind it, no "
+        "fine-tuning; each criterion with its own allocation. Test accuracy in "
         "percent, mean over the seeds of the images drawn (and standard deviation)."
     )
     rows.write_table("ResNet-56 / CIFAR-10, one shot or iterative", text, rows.arms())
@@ -66,7 +68,13 @@ def _measure(
 
 
 def _pruned(
-    subject: Subject, options: argparse.Namespace, name: str, diagonal: bool, rounds: int, seed: int
+    subject: Subject,
+    options: argparse.Namespace,
+    name: str,
+    diagonal: bool,
+    step: str,
+    rounds: int,
+    seed: int,
 ) -> nn.Module:
     criterion = criteria.get(name, criteria.Options(diagonal=diagonal, seed=seed))
     images = subject.draw(seed, options.images)
@@ -79,7 +87,7 @@ def _pruned(
         costs = criterion.costs(model, graph, data)
         budget = schedule.at(number, graph, None)
         surgery.prune(model, make_plan(graph, costs, **budget, allocation=criterion.allocation))
-        reestimate_batchnorm(model, repair_images.batches(size), progress=False)
+        repair.apply(step, subject.model, model, repair_images, batch_size=size, progress=False)
     return model
 
 
