@@ -6,7 +6,6 @@ The page loads nothing and runs no script: charts are SVG, images are PNG data i
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import os
 import struct
@@ -25,7 +24,7 @@ from ccp_ext import files
 from ccp_ext.errors import InputError
 from ccp_ext.ops import map_similarity
 from ccp_ext.plan import PruningPlan
-from ccp_ext.report import summary, svg
+from ccp_ext.report import curves, summary, svg
 from ccp_ext.report.snapshot import FILE, Snapshot
 from ccp_ext.tables import cell
 
@@ -56,6 +55,8 @@ svg text { fill: var(--ink); } .middle { text-anchor: middle; } .end { text-anch
 .grid { stroke: var(--rule); } .level { stroke: var(--ink); stroke-dasharray: 5 4; }
 .series { stroke: currentColor; fill: currentColor; stroke-width: 1.6; }
 .series polyline { fill: none; } .hollow { fill: var(--paper); }
+.series .band { fill-opacity: .13; stroke: none; } .control { color: var(--ink); }
+.control polyline, .control line { stroke-dasharray: 5 4; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .c6 { color: var(--c6); } .c7 { color: var(--c7); }
@@ -104,8 +105,13 @@ def write(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None 
 
 def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
     repairs = list(dict.fromkeys(entry["repair"] for entry in result["summary"]))
-    charts = [_accuracy_chart(result, repair) for repair in repairs]
-    ranks = [(e["criterion"], e["mean rank"], e["spread"] or 0.0) for e in result["ranks"]]
+    # The style of each criterion, the same in all charts.
+    places = {name: k for k, name in enumerate(result["settings"]["criteria"])}
+    charts = [_accuracy_chart(result, repair, places) for repair in repairs]
+    ranks = [
+        (e["criterion"], e["mean rank"], e["spread"] or 0.0, places[e["criterion"]])
+        for e in result["ranks"]
+    ]
     return _page(
         f"Comparison of criteria on {result['settings']['model']}",
         _paragraph(summary.explanation(result)),
@@ -120,14 +126,15 @@ def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
             _table("Ranks", result["ranks"]),
         ),
         _section("Tables", *(_table(title, rows) for title, rows in summary.tables(result))),
+        _finetuning(curves.of_comparison(folder, result, places)),
         _kept_by_layer(result),
         *_of_plain_model(folder / FILE),
         _section("Settings", _facts(result["settings"])),
     )
 
 
-def _accuracy_chart(result: Mapping[str, Any], repair: str) -> str:
-    curves: dict[str, list[tuple[float, float, float | None]]] = {}
+def _accuracy_chart(result: Mapping[str, Any], repair: str, places: Mapping[str, int]) -> str:
+    points: dict[str, list[tuple[float, float, float | None]]] = {}
     for entry in result["summary"]:
         if entry["repair"] == repair:
             point = (
@@ -135,11 +142,10 @@ def _accuracy_chart(result: Mapping[str, Any], repair: str) -> str:
                 entry["report accuracy"],
                 entry["report accuracy spread"],
             )
-            curves.setdefault(entry["criterion"], []).append(point)
+            points.setdefault(entry["criterion"], []).append(point)
     # In the order of the best means, so that the legend reads as the lines lie.
-    ordered = sorted(curves.items(), key=lambda c: -sum(accuracy for _, accuracy, _ in c[1]))
-    places = {name: k for k, name in enumerate(result["settings"]["criteria"])}
-    series = [svg.Series(name, sorted(points), places[name]) for name, points in ordered]
+    ordered = sorted(points.items(), key=lambda c: -sum(accuracy for _, accuracy, _ in c[1]))
+    series = [svg.Series(name, sorted(line), places[name]) for name, line in ordered]
     beside = summary.control_of(result, repair)
     level = ("unpruned", result["plain"]["report accuracy"])
     if beside is not None:
@@ -197,6 +203,24 @@ def _of_plain_model(file: Path) -> list[str]:
     ]
 
 
+def _finetuning(charts: Sequence[curves.Chart]) -> str:
+    """The curves; nothing where no model was fine-tuned."""
+    if not charts:
+        return ""
+    if not any(chart.series for chart in charts):
+        return _section(
+            "Fine-tuning", _paragraph("There are no curves: no log of an epoch could be read.")
+        )
+    return _section("Fine-tuning", *map(_curves, charts))
+
+
+def _curves(chart: curves.Chart) -> str:
+    if not chart.series:
+        return _paragraph(f"{chart.title}: there is no curve. {chart.left_out}")
+    drawn = svg.curves(chart.title, "epoch", chart.unit, chart.series, digits=chart.digits)
+    return _figure(drawn, " ".join(filter(None, (chart.note, chart.left_out))))
+
+
 # --- a run ---------------------------------------------------------------------------------------
 
 
@@ -227,8 +251,8 @@ def _run(folder: Path, report: Mapping[str, Any]) -> str:
             "Stages",
             _table("The model after each stage", stages),
             *(_paragraph(f"{row['stage']}: {row['summary']}.") for row in report.get("refits", [])),
-            _training(folder),
         ),
+        _finetuning(curves.of_run(folder, settings)),
         _forecast(report.get("forecast", [])),
         _section("Channels", *_channels(plan)),
         _matrices(
@@ -250,24 +274,6 @@ def _forecast(rows: Sequence[Mapping[str, Any]]) -> str:
         "change of the mean loss on the images of the statistics."
     )
     return _section("Forecast", _paragraph(note), _table("Forecast of each round", rows))
-
-
-def _training(folder: Path) -> str:
-    """The fine-tuning's curve, if there was one."""
-    log = folder / "finetune.csv"
-    if not log.is_file():
-        return ""
-    with open(log, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    points = [(float(row["epoch"]), float(row["train_accuracy"]), None) for row in rows]
-    chart = svg.lines(
-        "Training accuracy during fine-tuning",
-        "epoch",
-        "training accuracy, %",
-        [svg.Series("training", points)],
-        None,
-    )
-    return _figure(chart, "Accuracy on the training batches, as augmented, by epoch.")
 
 
 def _channels(plan: PruningPlan) -> list[str]:

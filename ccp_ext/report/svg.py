@@ -16,6 +16,7 @@ _TOP = 14
 # Of the lines' plot: the place of its left, right and bottom sides, and the height of the chart.
 _LEFT, _RIGHT, _BOTTOM, _HEIGHT = 56, 530, 354, 400
 _STRIP = 460  # the width of a row behind its name
+_MARKS = 12  # of a curve, at most
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Series:
 
     Attributes:
         points: (x, y, spread of y or None), in increasing x.
-        style: colour and shape of the marks, 0 or more.
+        style: colour and shape of the marks, 0 or more; None for a dashed line in the colour of the
+            text, which is that of a control.
     """
 
     name: str
     points: Sequence[tuple[float, float, float | None]]
-    style: int = 0
+    style: int | None = 0
 
 
 def lines(
@@ -40,11 +42,8 @@ def lines(
     level: tuple[str, float] | None,
 ) -> str:
     """Lines with error bars, and a level across the chart with its name."""
-    points = [point for line in series for point in line.points]
-    heights = [y + side * (spread or 0) for _, y, spread in points for side in (-1, 1)]
-    if level is not None:
-        heights.append(level[1])
-    across = _Scale(_padded([x for x, _, _ in points]), _LEFT, _RIGHT)
+    heights = _heights(series) + ([] if level is None else [level[1]])
+    across = _Scale(_padded(_abscissas(series)), _LEFT, _RIGHT)
     up = _Scale(_padded(heights), _BOTTOM, _TOP)
     parts = [_axes(across, up, x_label, y_label)]
     if level is not None:
@@ -54,34 +53,59 @@ def lines(
             f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(level[0])}</text>'
         )
     # A few pixels aside, so that the error bars of equal budgets do not hide one another.
-    aside = [3.0 * (k - (len(series) - 1) / 2) for k in range(len(series))]
-    parts += [_line(line, across, up, dx) for line, dx in zip(series, aside, strict=True)]
-    x = _RIGHT + 16
-    for k, line in enumerate(series):
-        y = _TOP + 6 + 18 * k
-        name = f'<text x="{x + 12}" y="{y + 4}">{escape(line.name)}</text>'
-        parts.append(f"<g {_style(line.style)}>{_mark(line.style, x, y)}</g>{name}")
-    width = x + 12 + _room(line.name for line in series)
-    return _svg(title, width, max(_HEIGHT, _TOP + 6 + 18 * len(series)), parts)
+    for line, aside in zip(series, _asides(len(series), 3.0), strict=True):
+        places = _places(line, across, up, aside)
+        drawn = _polyline(places) + _bars(places) + _marks(line.style, places)
+        parts.append(f"<g {_style(line.style)}>{drawn}</g>")
+    return _with_legend(title, series, parts)
 
 
-def ranges(title: str, x_label: str, rows: Sequence[tuple[str, float, float]], first: float) -> str:
-    """One line a row (name, value, spread) under a common axis that begins at ``first``."""
-    step, left = 24, _room(name for name, _, _ in rows) + 20
+def curves(
+    title: str, x_label: str, y_label: str, series: Sequence[Series], *, digits: int = 2
+) -> str:
+    """Lines over whole numbers such as epochs, with a shaded band for the spread.
+
+    Args:
+        digits: behind the point, of the values that the marks tell.
+    """
+    numbers = sorted(set(_abscissas(series)))
+    margin = min(0.5, 0.06 * (numbers[-1] - numbers[0]) or 0.5)
+    across = _Scale((numbers[0] - margin, numbers[-1] + margin), _LEFT, _RIGHT)
+    up = _Scale(_padded(_heights(series)), _BOTTOM, _TOP)
+    # A single epoch makes no lines: their marks stand side by side. Of long lines only some points
+    # have marks, those of each line elsewhere.
+    asides = _asides(len(series), 14.0 if len(numbers) == 1 else 0.0)
+    every = math.ceil(len(numbers) / _MARKS)
+    bands, drawn = [], []
+    for k, (line, aside) in enumerate(zip(series, asides, strict=True)):
+        places = _places(line, across, up, aside, x_label, digits)
+        marked = places[k * every // len(series) :: every]
+        spread = _bars(places) if len(numbers) == 1 else _band(places)
+        bands.append(f"<g {_style(line.style)}>{spread}</g>")
+        drawn.append(f"<g {_style(line.style)}>{_polyline(places)}{_marks(line.style, marked)}</g>")
+    axes = _axes(across, up, x_label, y_label, least=1.0)
+    return _with_legend(title, series, [axes, *bands, *drawn])
+
+
+def ranges(
+    title: str, x_label: str, rows: Sequence[tuple[str, float, float, int]], first: float
+) -> str:
+    """One line a row (name, value, spread, style) under a common axis that begins at ``first``."""
+    step, left = 24, _room(name for name, *_ in rows) + 20
     right, bottom = left + _STRIP, _TOP + step * len(rows)
-    highest = max(value + spread for _, value, spread in rows)
+    highest = max(value + spread for _, value, spread, _ in rows)
     across = _Scale((first, highest), left, right)
     parts = [
         f'<line class="grid" x1="{across(t):.1f}" x2="{across(t):.1f}" y1="{_TOP}" y2="{bottom}"/>'
         f'<text class="middle" x="{across(t):.1f}" y="{bottom + 16}">{_number(t)}</text>'
         for t in _ticks(across.low, across.high)
     ]
-    for k, (name, value, spread) in enumerate(rows):
+    for k, (name, value, spread, style) in enumerate(rows):
         y, low = _TOP + step * (k + 0.5), max(first, value - spread)
         parts.append(
             f'<text class="end" x="{left - 14}" y="{y + 4}">{escape(name)}</text>'
-            f'<g {_style(0)}><line x1="{across(low):.1f}" x2="{across(value + spread):.1f}" '
-            f'y1="{y}" y2="{y}"/>{_mark(0, across(value), y)}</g>'
+            f'<g {_style(style)}><line x1="{across(low):.1f}" x2="{across(value + spread):.1f}" '
+            f'y1="{y}" y2="{y}"/>{_mark(style, across(value), y)}</g>'
         )
     x = (left + right) / 2
     parts.append(f'<text class="middle" x="{x}" y="{bottom + 36}">{escape(x_label)}</text>')
@@ -176,6 +200,31 @@ class _Scale:
         return self.start + share * (self.end - self.start)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Of a point in the chart, with the ends of its spread, if there is one, and what it says."""
+
+    x: float
+    y: float
+    ends: tuple[float, float] | None
+    text: str
+
+
+def _abscissas(series: Sequence[Series]) -> list[float]:
+    return [x for line in series for x, _, _ in line.points]
+
+
+def _heights(series: Sequence[Series]) -> list[float]:
+    """Of all points, at both ends of their spreads."""
+    points = [point for line in series for point in line.points]
+    return [y + side * (spread or 0) for _, y, spread in points for side in (-1, 1)]
+
+
+def _asides(count: int, step: float) -> list[float]:
+    """Distances from the middle, ``step`` apart."""
+    return [step * (k - (count - 1) / 2) for k in range(count)]
+
+
 def _room(names: Iterable[str]) -> int:
     """Width enough for the longest name."""
     return 7 * max(map(len, names))
@@ -187,16 +236,17 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers inside, about five of them."""
-    rough = (high - low) / 5 or 1.0
+def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Round numbers inside, about five of them, ``least`` apart or more."""
+    rough = max((high - low) / 5 or 1.0, least)
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
+def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str, least: float = 0.0) -> str:
+    """Both, with ticks on the horizontal one that are ``least`` apart or more."""
     parts = []
     for t in _ticks(up.low, up.high):
         y = f"{up(t):.1f}"
@@ -204,7 +254,7 @@ def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
             f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y}" y2="{y}"/>'
             f'<text class="end" x="{_LEFT - 8}" y="{up(t) + 4:.1f}">{_number(t)}</text>'
         )
-    for t in _ticks(across.low, across.high):
+    for t in _ticks(across.low, across.high, least):
         x = f"{across(t):.1f}"
         parts.append(
             f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_BOTTOM}"/>'
@@ -220,29 +270,78 @@ def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str) -> str:
     return "".join(parts)
 
 
-def _line(line: Series, across: _Scale, up: _Scale, aside: float) -> str:
-    places = [(across(x) + aside, up(y), y, spread) for x, y, spread in line.points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
-    bars = "".join(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up(value - spread):.1f}" '
-        f'y2="{up(value + spread):.1f}"/>'
-        for x, _, value, spread in places
-        if spread
+def _with_legend(title: str, series: Sequence[Series], parts: Sequence[str]) -> str:
+    """The chart of ``parts`` with the names of its lines to their right."""
+    x, legend = _RIGHT + 20, []
+    for k, line in enumerate(series):
+        y = _TOP + 6 + 18 * k
+        legend.append(
+            f'<g {_style(line.style)}><line x1="{x - 11}" x2="{x + 11}" y1="{y}" y2="{y}"/>'
+            f"{_mark(line.style, x, y)}</g>"
+            f'<text x="{x + 18}" y="{y + 4}">{escape(line.name)}</text>'
+        )
+    width = x + 18 + _room(line.name for line in series)
+    return _svg(title, width, max(_HEIGHT, _TOP + 6 + 18 * len(series)), [*parts, *legend])
+
+
+def _places(
+    line: Series, across: _Scale, up: _Scale, aside: float, x_label: str = "", digits: int = 2
+) -> list[_Place]:
+    """Of the line's points, ``aside`` to the right; with an ``x_label`` they tell x as well."""
+    places = []
+    for x, y, spread in line.points:
+        text = f"{line.name}, {x_label} {_number(x)}" if x_label else line.name
+        text += f": {y:.{digits}f}"
+        ends = None
+        if spread is not None:
+            text += f" ± {spread:.{digits}f}"
+            ends = (up(y - spread), up(y + spread))
+        places.append(_Place(across(x) + aside, up(y), ends, text))
+    return places
+
+
+def _polyline(places: Sequence[_Place]) -> str:
+    path = " ".join(f"{place.x:.1f},{place.y:.1f}" for place in places)
+    return f'<polyline points="{path}"/>'
+
+
+def _bars(places: Sequence[_Place]) -> str:
+    return "".join(
+        f'<line x1="{place.x:.1f}" x2="{place.x:.1f}" y1="{place.ends[0]:.1f}" '
+        f'y2="{place.ends[1]:.1f}"/>'
+        for place in places
+        if place.ends
     )
-    marks = "".join(
-        f"<g><title>{escape(line.name)}: {value:.2f}"
-        f"{'' if spread is None else f' ± {spread:.2f}'}</title>{_mark(line.style, x, y)}</g>"
-        for x, y, value, spread in places
+
+
+def _band(places: Sequence[_Place]) -> str:
+    """The area of the spreads."""
+    spread = [(place.x, *place.ends) for place in places if place.ends]
+    if not spread:
+        return ""
+    corners = [(x, high) for x, _, high in spread] + [(x, low) for x, low, _ in spread[::-1]]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    return f'<polygon class="band" points="{path}"/>'
+
+
+def _marks(style: int | None, places: Sequence[_Place]) -> str:
+    return "".join(
+        f"<g><title>{escape(place.text)}</title>{_mark(style, place.x, place.y)}</g>"
+        for place in places
     )
-    return f'<g {_style(line.style)}><polyline points="{path}"/>{bars}{marks}</g>'
 
 
-def _style(k: int) -> str:
-    return f'class="series c{k % COLOURS}"'
+def _style(k: int | None) -> str:
+    return 'class="series control"' if k is None else f'class="series c{k % COLOURS}"'
 
 
-def _mark(k: int, x: float, y: float) -> str:
-    """Circle, square, triangle, diamond in turn; hollow from the second round of colours on."""
+def _mark(k: int | None, x: float, y: float) -> str:
+    """Circle, square, triangle, diamond in turn; hollow from the second round of colours on.
+
+    A control has a cross.
+    """
+    if k is None:
+        return f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8"/>'
     hollow = ' class="hollow"' if k // COLOURS % 2 else ""
     shape = (k + k // COLOURS) % 4
     if shape == 0:
