@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 from ccp_ext import cli, models, trace
+from ccp_ext.compare.jobs import Job
 from ccp_ext.cost import Cost
 from ccp_ext.criteria import gathering
 from ccp_ext.datasets import ImageSet
 from ccp_ext.errors import InputError
+from ccp_ext.finetune.history import EpochRecord, epoch_log
 from ccp_ext.plan import PruningPlan
-from ccp_ext.report import page, snapshot, svg
+from ccp_ext.report import curves, page, snapshot, svg
 from ccp_ext.statistics import collect
 
 VOID = {"meta", "img", "br", "wbr", "circle", "line", "polyline", "polygon", "path"}
@@ -51,7 +56,17 @@ def comparison(inputs, tmp_path_factory):
     return output
 
 
-@pytest.fixture(params=["run", "comparison"])
+@pytest.fixture(scope="module")
+def tuned(inputs, tmp_path_factory):
+    """The folder of `ccp compare` with fine-tuned rows: two budgets, three arms, two seeds."""
+    output = tmp_path_factory.mktemp("page") / "tuned"
+    options = ("--criteria", "l1,bn-scale", "--macs", "0.7,0.5", "--seeds", "0,1", "--epochs", 3)
+    repair = ("--repair", "none,finetune")
+    assert cli.main(command("compare", inputs, output, *options, *repair)) == 0
+    return output
+
+
+@pytest.fixture(params=["run", "comparison", "tuned"])
 def folder(request):
     return request.getfixturevalue(request.param)
 
@@ -166,7 +181,7 @@ def test_a_comparison_of_an_earlier_version_has_a_page_without_these(comparison,
     (older / "comparison.json").write_text(json.dumps(result))
     outline = Outline(page.write(older).read_text(encoding="utf-8"))
     assert not outline.all("img") and not outline.all("rect")
-    headings = ["Accuracy against cost", "Ranks", "Tables", "Settings"]
+    headings = ["Accuracy against cost", "Ranks", "Tables", "Settings"]  # and no fine-tuning
     assert outline.text("h2") == headings
 
 
@@ -206,6 +221,242 @@ def test_a_folder_without_a_run_or_with_a_damaged_one_is_refused(run, tmp_path, 
     (copied / "snapshot.safetensors").unlink()
     with pytest.raises(InputError, match="snapshot.safetensors"):
         page.write(copied)
+
+
+# --- the curves of fine-tuning -------------------------------------------------------------------
+
+
+def drawn(text):
+    """The charts of a page by title."""
+    found = [ElementTree.fromstring(chart) for chart in re.findall("<svg.*?</svg>", text)]
+    return {chart.findtext("title"): chart for chart in found}
+
+
+def lines_of(chart):
+    """(class, places of its points) of each line in a chart, and what its marks say."""
+    groups = [group for group in chart.iter("g") if group.find("polyline") is not None]
+    places = [
+        [
+            tuple(map(float, point.split(",")))
+            for point in group.find("polyline").get("points").split()
+        ]
+        for group in groups
+    ]
+    said = [[mark.findtext("title") for mark in group.findall("g")] for group in groups]
+    return list(zip([group.get("class") for group in groups], places, said, strict=True))
+
+
+def legend_of(chart):
+    """The name and class of each line."""
+    keys = [group for group in chart.iter("g") if group.find("text") is not None]
+    return {group.findtext("text"): group.find("g").get("class") for group in keys}
+
+
+def assert_at(places, values):
+    """The points stand at epochs 1, 2, ... and at heights that are one line in ``values``."""
+    across, heights = np.array(places).T
+    np.testing.assert_allclose(np.diff(across, 2), 0, atol=0.21)
+    assert (np.diff(across) > 1).all()
+    fitted = np.poly1d(np.polyfit(values, heights, 1))
+    assert fitted[1] < 0  # upwards
+    np.testing.assert_allclose(fitted(values), heights, atol=0.11)
+
+
+def log_of(folder, criterion, kind, budget, seed, column):
+    path = folder / Job(criterion, kind, budget, "finetune", seed).log
+    with open(path, newline="", encoding="utf-8") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("column", "title", "digits"),
+    [("train_accuracy", "Training accuracy", 2), ("train_loss", "Training loss", 4)],
+)
+def test_the_curves_of_a_comparison_are_the_means_over_the_seeds(tuned, column, title, digits):
+    charts = drawn((tuned / "report.html").read_text(encoding="utf-8"))
+    assert sum(name.startswith(title) for name in charts) == 2
+    for budget in (0.7, 0.5):
+        chart = charts[f"{title}, macs {budget}, repair: finetune"]
+        lines = lines_of(chart)
+        assert len(lines) == 4 and len(legend_of(chart)) == 4
+        every, values = [], []
+        for style, places, said in lines:
+            (name,) = {text.split(",")[0] for text in said}
+            assert legend_of(chart)[name] == style
+            row = (name, "macs", 1.0 if name == "unpruned" else budget)
+            seeds = [log_of(tuned, *row, seed, column) for seed in (0, 1)]
+            means = [statistics.fmean(pair) for pair in zip(*seeds, strict=True)]
+            spreads = [statistics.stdev(pair) for pair in zip(*seeds, strict=True)]
+            assert said == [
+                f"{name}, epoch {k}: {mean:.{digits}f} ± {spread:.{digits}f}"
+                for k, (mean, spread) in enumerate(zip(means, spreads, strict=True), 1)
+            ]
+            every, values = every + [y for _, y in places], values + means
+            assert [x for x, _ in places] == [x for x, _ in lines[0][1]]
+            assert (style == "series control") == (name == "unpruned")
+        fitted = np.poly1d(np.polyfit(values, every, 1))  # one scale for all lines
+        np.testing.assert_allclose(fitted(values), every, atol=0.11)
+        assert fitted[1] < 0
+        bands = [shape for shape in chart.iter("polygon") if shape.get("class") == "band"]
+        assert len(bands) == 4 and all(len(band.get("points").split()) == 6 for band in bands)
+
+
+def test_a_criterion_has_one_colour_in_all_charts(tuned):
+    charts = drawn((tuned / "report.html").read_text(encoding="utf-8"))
+    expected = {"l1": "series c0", "bn-scale": "series c1", "random": "series c2"}
+    seen = [legend_of(chart) for title, chart in charts.items() if "repair" in title]
+    assert len(seen) == 2 + 4
+    assert all(expected.items() <= legend.items() for legend in seen)
+    ranks = charts["Rank of each criterion"]
+    names = [text.text for text in ranks.iter("text") if text.text in expected]
+    styles = [group.get("class") for group in ranks.iter("g")]
+    assert dict(zip(names, styles, strict=True)) == expected
+
+
+def test_the_page_of_a_run_has_the_curves_of_its_log(run, tmp_path):
+    charts = drawn((run / "report.html").read_text(encoding="utf-8"))
+    with open(run / "finetune.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for title, column in (("accuracy", "train_accuracy"), ("loss", "train_loss")):
+        [(style, places, said)] = lines_of(charts[f"Training {title}"])
+        assert style == "series c0" and all(text.startswith("ccp, epoch") for text in said)
+        assert_at(places, [float(row[column]) for row in rows])
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "finetune.csv").unlink()
+    text = page.write(copied).read_text(encoding="utf-8")
+    assert not any("Training" in title for title in drawn(text))
+    assert "the logs of the epochs are missing" in text
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes logs with (accuracy, loss) and returns the charts of these rows."""
+
+    def write(rows, epochs, spoil=lambda logs: None, **record):
+        jobs = {key: Job(key[0], "macs", 0.5, "refit+finetune", key[1]) for key in rows}
+        for key, job in jobs.items():
+            log = tmp_path / job.log
+            log.parent.mkdir(exist_ok=True)
+            with epoch_log(log, []) as line:
+                for epoch, (accuracy, loss) in enumerate(rows[key], 1):
+                    line(
+                        EpochRecord(epoch, 0.1, loss, accuracy, None, *record.values() or [None], 1)
+                    )
+        spoil({key: tmp_path / job.log for key, job in jobs.items()})
+        result = {
+            "settings": {"finetune": {"epochs": epochs}},
+            "rows": [vars(job) for job in jobs.values()] + [vars(Job("a", "macs", 0.5, "none", 0))],
+        }
+        return curves.of_comparison(tmp_path, result, {"a": 0, "b": 1})
+
+    return write
+
+
+TWO = [(10.0, 2.0), (20.0, 1.0)]
+FOUR = [(30.0, 4.0), (40.0, 3.0)]
+
+
+def test_logs_that_cannot_be_read_are_named_and_left_out(written):
+    def spoil(logs):
+        logs["a", 1].unlink()
+        logs["a", 2].unlink()
+        logs["b", 1].write_bytes(b"\xff\xfe")
+        lines = logs["b", 2].read_text().splitlines(keepends=True)
+        logs["b", 2].write_text("".join(lines[:-1]))
+        lines = logs["b", 3].read_text().replace("train_loss", "loss")
+        logs["b", 3].write_text(lines)
+        logs["c", 0].write_text("")
+        logs["d", 0].write_text(logs["d", 0].read_text().replace("20.0", "nan"))
+
+    keys = [
+        ("a", 0),
+        ("a", 1),
+        ("a", 2),
+        ("b", 0),
+        ("b", 1),
+        ("b", 2),
+        ("b", 3),
+        ("c", 0),
+        ("d", 0),
+    ]
+    accuracy, loss = written({key: FOUR if key[1] == 3 else TWO for key in keys}, 2, spoil)
+    common = (
+        "Left out: a (seeds 1, 2): no log; b (seed 1): a damaged log; "
+        "b (seed 2), c (seed 0): a log without the epochs 1 to 2; "
+    )
+    assert accuracy.left_out == f"{common}d (seed 0): no numbers train_accuracy in the log."
+    assert loss.left_out == f"{common}b (seed 3): no numbers train_loss in the log."
+    assert {line.name: line.points for line in accuracy.series} == {
+        "a": [(1, 10.0, None), (2, 20.0, None)],
+        "b": [(1, 20.0, pytest.approx(200**0.5)), (2, 30.0, pytest.approx(200**0.5))],
+    }
+    assert {line.name: line.points[1][:2] for line in loss.series} == dict.fromkeys("abd", (2, 1.0))
+    text = page._finetuning([accuracy, loss])
+    assert accuracy.left_out in text and loss.left_out in text and len(drawn(text)) == 2
+
+
+def test_a_quantity_that_no_log_has_is_said_to_be_missing(written):
+    def spoil(logs):
+        for log in logs.values():
+            log.write_text(log.read_text().replace("train_loss", "loss"))
+
+    text = page._finetuning(written({("a", 0): TWO}, 2, spoil))
+    assert list(drawn(text)) == ["Training accuracy, macs 0.5, repair: refit+finetune"]
+    assert "Training loss, macs 0.5, repair: refit+finetune: there is no curve. Left out: a" in text
+
+
+def test_a_comparison_without_any_log_still_has_a_page(tuned, tmp_path):
+    copied = tmp_path / "tuned"
+    shutil.copytree(tuned, copied)
+    shutil.rmtree(copied / "logs")
+    text = page.write(copied).read_text(encoding="utf-8")
+    assert (
+        "Fine-tuning" in Outline(text).text("h2") and "the logs of the epochs are missing" in text
+    )
+    assert not any("Training" in title for title in drawn(text))
+
+
+def test_curves_end_with_the_best_and_single_seeds_have_no_spread(written):
+    accuracy, loss = written({("a", 0): TWO, ("b", 0): FOUR, ("unpruned", 0): TWO}, 2)
+    assert [line.name for line in accuracy.series] == ["b", "a", "unpruned"]
+    assert [line.style for line in accuracy.series] == [1, 0, None]
+    assert all(spread is None for line in accuracy.series for *_, spread in line.points)
+    assert "seeds" not in accuracy.note and accuracy.left_out == loss.left_out == ""
+    text = page._finetuning([accuracy, loss])
+    assert 'class="band"' not in text and text.count("<polyline") == 6
+
+
+def test_validation_is_shown_where_it_was_measured(written):
+    accuracy, _ = written({("a", 0): TWO}, 2, validation_accuracy=55.0)
+    assert accuracy.unit == "validation accuracy, %"
+    assert accuracy.series[0].points == [(1, 55.0, None), (2, 55.0, None)]
+
+
+def test_a_single_epoch_has_marks_side_by_side_with_bars(written):
+    rows = {("a", 0): TWO[:1], ("a", 1): FOUR[:1], ("b", 0): TWO[:1], ("b", 1): FOUR[:1]}
+    chart = drawn(page._finetuning(written(rows, 1)))[
+        "Training accuracy, macs 0.5, repair: refit+finetune"
+    ]
+    (_, [(left, height)], said), (_, [(right, other)], _) = lines_of(chart)
+    assert right - left > 10 and height == other
+    assert said == ["a, epoch 1: 20.00 ± 14.14"]
+    bars = [line for line in chart.iter("line") if not line.get("class")]
+    assert [bar.get("x1") for bar in bars] == [f"{left:.1f}", f"{right:.1f}"]
+    assert all(float(bar.get("y2")) < height < float(bar.get("y1")) for bar in bars)
+    ticks = [text.text for text in chart.iter("text") if text.get("class") == "middle"]
+    assert ticks == ["1", "epoch", "training accuracy, %"]
+
+
+def test_long_curves_have_all_their_points_and_few_marks():
+    points = [(epoch, epoch**0.5, 0.1) for epoch in range(1, 101)]
+    series = [svg.Series(name, points, k) for k, name in enumerate("ab")]
+    (chart,) = drawn(svg.curves("title", "epoch", "y", series)).values()
+    assert "min-width:368px" in chart.get("style")  # on a telephone of 400, behind its margins
+    (_, places, first), (_, _, second) = lines_of(chart)
+    assert_at(places, [y for _, y, _ in points])
+    epochs = [{int(text.split()[2][:-1]) for text in said} for said in (first, second)]
+    assert all(8 < len(marked) <= 12 for marked in epochs) and not epochs[0] & epochs[1]
 
 
 # --- its parts -----------------------------------------------------------------------------------
@@ -360,7 +611,12 @@ def test_charts_hold_all_their_points_inside():
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0.31, 0.69, [0.4, 0.5, 0.6]), (-3, 3, [-2, 0, 2])],
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0.31, 0.69, [0.4, 0.5, 0.6]),
+        (-3, 3, [-3, -2, -1, 0, 1, 2, 3]),
+        (5, 110, [20, 40, 60, 80, 100]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert svg._ticks(low, high) == pytest.approx(expected)

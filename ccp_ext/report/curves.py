@@ -191,7 +191,10 @@ def _left_out(logs: Sequence[_Log], column: str) -> str:
             faults.setdefault(fault, {}).setdefault(log.of, []).append(str(log.seed))
     parts = []
     for fault, of in faults.items():
-        names = [f"{name} (seed {', '.join(seeds)})" for name, seeds in of.items()]
+        names = [
+            f"{name} (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})"
+            for name, seeds in of.items()
+        ]
         parts.append(f"{', '.join(names)}: {fault}")
     return f"Left out: {'; '.join(parts)}." if parts else ""
 

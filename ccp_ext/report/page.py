@@ -56,12 +56,14 @@ svg text { fill: var(--ink); } .middle { text-anchor: middle; } .end { text-anch
 .series { stroke: currentColor; fill: currentColor; stroke-width: 1.6; }
 .series polyline { fill: none; } .hollow { fill: var(--paper); }
 .series .band { fill-opacity: .13; stroke: none; } .control { color: var(--ink); }
-.control polyline, .control line { stroke-dasharray: 5 4; }
+.control polyline, .control .key { stroke-dasharray: 5 4; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .c6 { color: var(--c6); } .c7 { color: var(--c7); }
 .kept { fill: var(--mark); } .gone { fill: var(--faint); }
 .share { fill: var(--mark); stroke: var(--rule); stroke-width: .5; }
+.charts { display: flex; flex-wrap: wrap; column-gap: 2.5rem; }
+.charts > * { flex: 0 1 490px; min-width: 0; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pictures figure { margin: 0; }
 img { image-rendering: pixelated; border: 1px solid var(--rule); }
 img.map { width: 96px; height: 96px; }
@@ -115,7 +117,7 @@ def _comparison(folder: Path, result: Mapping[str, Any]) -> str:
     return _page(
         f"Comparison of criteria on {result['settings']['model']}",
         _paragraph(summary.explanation(result)),
-        _section("Accuracy against cost", *charts),
+        _section("Accuracy against cost", _charts(charts)),
         _section(
             "Ranks",
             _figure(
@@ -208,10 +210,9 @@ def _finetuning(charts: Sequence[curves.Chart]) -> str:
     if not charts:
         return ""
     if not any(chart.series for chart in charts):
-        return _section(
-            "Fine-tuning", _paragraph("There are no curves: no log of an epoch could be read.")
-        )
-    return _section("Fine-tuning", *map(_curves, charts))
+        note = "There are no curves: the logs of the epochs are missing or damaged."
+        return _section("Fine-tuning", _paragraph(note))
+    return _section("Fine-tuning", _charts(map(_curves, charts)))
 
 
 def _curves(chart: curves.Chart) -> str:
@@ -478,7 +479,8 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    unbroken = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    return f"<p>{escape(unbroken)}</p>"
 
 
 def _figure(content: str, caption: str) -> str:
@@ -487,6 +489,11 @@ def _figure(content: str, caption: str) -> str:
 
 def _row(figures: Iterable[str]) -> str:
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _charts(figures: Iterable[str]) -> str:
+    """Beside one another where the page is wide."""
+    return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def _details(summary: str, content: str) -> str:

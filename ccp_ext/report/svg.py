@@ -13,8 +13,10 @@ from html import escape
 
 COLOURS = 8
 _TOP = 14
-# Of the lines' plot: the place of its left, right and bottom sides, and the height of the chart.
-_LEFT, _RIGHT, _BOTTOM, _HEIGHT = 56, 530, 354, 400
+# Of the lines' plot: the place of its left, right and bottom sides; the width and height of the
+# chart without its legend. So narrow that it fits a telephone without scrolling.
+_LEFT, _RIGHT, _BOTTOM = 56, 482, 320
+_WIDTH, _HEIGHT = 490, 364
 _STRIP = 460  # the width of a row behind its name
 _MARKS = 12  # of a curve, at most
 
@@ -41,23 +43,20 @@ def lines(
     series: Sequence[Series],
     level: tuple[str, float] | None,
 ) -> str:
-    """Lines with error bars, and a level across the chart with its name."""
+    """Lines with error bars, and a dashed level (name, y) across the chart."""
     heights = _heights(series) + ([] if level is None else [level[1]])
     across = _Scale(_padded(_abscissas(series)), _LEFT, _RIGHT)
     up = _Scale(_padded(heights), _BOTTOM, _TOP)
     parts = [_axes(across, up, x_label, y_label)]
     if level is not None:
         y = up(level[1])
-        parts.append(
-            f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT + 6}" y="{y - 5:.1f}">{escape(level[0])}</text>'
-        )
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     # A few pixels aside, so that the error bars of equal budgets do not hide one another.
     for line, aside in zip(series, _asides(len(series), 3.0), strict=True):
         places = _places(line, across, up, aside)
         drawn = _polyline(places) + _bars(places) + _marks(line.style, places)
         parts.append(f"<g {_style(line.style)}>{drawn}</g>")
-    return _with_legend(title, series, parts)
+    return _with_legend(title, series, parts, None if level is None else level[0])
 
 
 def curves(
@@ -92,7 +91,7 @@ def ranges(
 ) -> str:
     """One line a row (name, value, spread, style) under a common axis that begins at ``first``."""
     step, left = 24, _room(name for name, *_ in rows) + 20
-    right, bottom = left + _STRIP, _TOP + step * len(rows)
+    right, bottom = max(left + 220, _WIDTH - 20), _TOP + step * len(rows)
     highest = max(value + spread for _, value, spread, _ in rows)
     across = _Scale((first, highest), left, right)
     parts = [
@@ -142,7 +141,7 @@ def shares(
     step, top, left = 20, 38, _room(name for name, _ in rows) + 16
     cell = min(26.0, _STRIP / len(columns))
     bottom, names = top + step * len(rows), _room(columns)
-    parts = [_key(left, unit)]
+    parts = [_key(unit)]
     for k, (name, values) in enumerate(rows):
         y = top + step * k
         parts.append(f'<text class="end" x="{left - 8}" y="{y + 14}">{escape(name)}</text>')
@@ -157,17 +156,16 @@ def shares(
             f'<text class="end" transform="translate({x:.1f} {bottom + 6}) rotate(-90)">'
             f"{escape(columns[i])}</text>"
         )
-    return _svg(
-        title, math.ceil(left + max(_STRIP, cell * len(columns))) + 4, bottom + names, parts
-    )
+    width = max(left + cell * len(columns), 180 + _room([f"100% {unit}"]))
+    return _svg(title, math.ceil(width) + 4, bottom + names, parts)
 
 
-def _key(left: float, unit: str) -> str:
+def _key(unit: str) -> str:
     """What the cells of :func:`shares` mean."""
-    cells = [_cell(f"{k}0%", left + 40 + 12 * k, _TOP - 6, 12, 12, k / 10) for k in range(11)]
+    cells = [_cell(f"{k}0%", 40 + 12 * k, _TOP - 6, 12, 12, k / 10) for k in range(11)]
     ends = (
-        f'<text class="end" x="{left + 34}" y="{_TOP + 5}">0%</text>'
-        f'<text x="{left + 180}" y="{_TOP + 5}">100% {escape(unit)}</text>'
+        f'<text class="end" x="34" y="{_TOP + 5}">0%</text>'
+        f'<text x="180" y="{_TOP + 5}">100% {escape(unit)}</text>'
     )
     return "".join(cells) + ends
 
@@ -240,7 +238,7 @@ def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
     """Round numbers inside, about five of them, ``least`` apart or more."""
     rough = max((high - low) / 5 or 1.0, least)
     power = 10 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -270,18 +268,26 @@ def _axes(across: _Scale, up: _Scale, x_label: str, y_label: str, least: float =
     return "".join(parts)
 
 
-def _with_legend(title: str, series: Sequence[Series], parts: Sequence[str]) -> str:
-    """The chart of ``parts`` with the names of its lines to their right."""
-    x, legend = _RIGHT + 20, []
-    for k, line in enumerate(series):
-        y = _TOP + 6 + 18 * k
+def _with_legend(
+    title: str, series: Sequence[Series], parts: Sequence[str], level: str | None = None
+) -> str:
+    """The chart of ``parts`` with the names of its lines below, row by row, the level's last."""
+    entries: list[tuple[str, str, Series | None]] = [(s.name, _style(s.style), s) for s in series]
+    if level is not None:
+        entries.append((level, 'class="level"', None))
+    column = 30 + _room(name for name, _, _ in entries) + 12
+    columns = max(1, (_WIDTH - _LEFT) // column)
+    legend = []
+    for k, (name, style, line) in enumerate(entries):
+        x, y = _LEFT + 11 + column * (k % columns), _HEIGHT + 12 + 18 * (k // columns)
+        mark = "" if line is None else _mark(line.style, x, y)
         legend.append(
-            f'<g {_style(line.style)}><line x1="{x - 11}" x2="{x + 11}" y1="{y}" y2="{y}"/>'
-            f"{_mark(line.style, x, y)}</g>"
-            f'<text x="{x + 18}" y="{y + 4}">{escape(line.name)}</text>'
+            f'<g><g {style}><line class="key" x1="{x - 11}" x2="{x + 11}" y1="{y}" y2="{y}"/>{mark}'
+            f'</g><text x="{x + 18}" y="{y + 4}">{escape(name)}</text></g>'
         )
-    width = x + 18 + _room(line.name for line in series)
-    return _svg(title, width, max(_HEIGHT, _TOP + 6 + 18 * len(series)), [*parts, *legend])
+    width = max(_WIDTH, _LEFT + column)
+    height = _HEIGHT + 18 * math.ceil(len(entries) / columns) + 6
+    return _svg(title, width, height, [*parts, *legend])
 
 
 def _places(
