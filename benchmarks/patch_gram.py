@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import networks
+from benchmarks import networks, triton_kernels
 from benchmarks.networks import Window
 from benchmarks.operation import Candidate, Case, Operation, Work
 from ccp_ext import ops, reference
@@ -35,6 +35,7 @@ class PatchGram(Operation):
             "ours": lambda A, x, window: ops.patch_gram_(A, x, *window),
             "eager": _im2col,
             "einsum": _einsum,
+            "triton": lambda A, x, window: triton_kernels.patch_gram_(A, x, *window),
         }
 
     def reference(self, A: Tensor, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,10 @@ They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,6 +88,107 @@ if triton is not None:
         at = S + row[:, None] * channels + column[None, :]
         inside = (row < channels)[:, None] & (column < channels)[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+    @triton.jit
+    def _grams(
+        tiles, layers, samples,
+        ELEMENT: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for each tile of the triangles of all layers' S [C, C] += a' a; no TF32."""
+        tile = tiles + 3 * tl.program_id(0)
+        layer = layers + 3 * tl.load(tile)
+        S = tl.multiple_of(tl.load(layer).to(tl.pointer_type(tl.float32)), 16)
+        a = tl.multiple_of(tl.load(layer + 1).to(tl.pointer_type(ELEMENT)), 16)
+        channels = tl.multiple_of(tl.load(layer + 2).to(tl.int32), UNIT)
+        row = tl.load(tile + 1) * TILE + tl.arange(0, TILE)
+        column = tl.load(tile + 2) * TILE + tl.arange(0, TILE)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for begin in range(0, samples, DEPTH):
+            sample = begin + tl.arange(0, DEPTH)
+            some = (sample < samples)[:, None]
+            rows = a + sample[:, None] * channels
+            left = tl.load(rows + row[None, :], mask=some & (row < channels)[None, :], other=0.0)
+            right = tl.load(
+                rows + column[None, :], mask=some & (column < channels)[None, :], other=0.0
+            )
+            total += tl.dot(tl.trans(left), right, input_precision="ieee")
+        inside = (row < channels)[:, None] & (column < channels)[None, :]
+        at = S + row[:, None] * channels + column[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+        if tl.load(tile + 1) != tl.load(tile + 2):
+            inside = (column < channels)[:, None] & (row < channels)[None, :]
+            at = S + column[:, None] * channels + row[None, :]
+            tl.store(at, tl.load(at, mask=inside, other=0.0) + tl.trans(total), mask=inside)
+
+    @triton.jit
+    def _element(column, channels, AREA: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+        """Channel and tap of a column; columns are taken in the order of the memory."""
+        if CHANNELS_LAST:
+            channel, tap = column % channels, column // channels
+        else:
+            channel, tap = column // AREA, column % AREA
+        return channel, tap
+
+    @triton.jit
+    def _patches(
+        x, columns, positions, last, shape, strides, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+        PADDING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ):  # fmt: skip
+        """[columns, positions] of the unfolded input, gathered; zero from position last on."""
+        if CHANNELS_LAST:  # the last dimension is that of neighbours in memory
+            column, position = columns[None, :], positions[:, None]
+        else:
+            column, position = columns[:, None], positions[None, :]
+        channels, height, width, rows_out, columns_out = shape
+        of_sample, of_channel, of_row, of_column = strides
+        channel, tap = _element(column, channels, SIZE * SIZE, CHANNELS_LAST)
+        down, right = tap // SIZE, tap % SIZE
+        sample = position // (rows_out * columns_out)
+        row = position // columns_out % rows_out * STRIDE - PADDING
+        across = position % columns_out * STRIDE - PADDING
+        inside = (channel < channels) & (tap < SIZE * SIZE) & (position < last)
+        inside = inside & (row + down >= 0) & (row + down < height)
+        inside = inside & (across + right >= 0) & (across + right < width)
+        corner = sample.to(tl.int64) * of_sample + row * of_row + across * of_column
+        within = channel * of_channel + down * of_row + right * of_column
+        values = tl.load(x + corner + within, mask=inside, other=0.0)
+        if CHANNELS_LAST:
+            values = tl.trans(values)
+        return values
+
+    @triton.jit
+    def _patch_gram(
+        A, x, positions, positions_a_part, channels, height, width, rows_out, columns_out,
+        of_sample, of_channel, of_row, of_column,
+        SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+        CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a tile of A's triangle and a part of the positions; no TF32."""
+        if tl.program_id(0) > tl.program_id(1):
+            return
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        shape = (channels, height, width, rows_out, columns_out)
+        strides = (of_sample, of_channel, of_row, of_column)
+        first = tl.program_id(2) * positions_a_part
+        last = tl.minimum(positions, first + positions_a_part)
+        total = tl.zeros((TILE, TILE), tl.float32)
+        for begin in range(first, last, DEPTH):
+            at = begin + tl.arange(0, DEPTH)
+            left = _patches(x, row, at, last, shape, strides, SIZE, STRIDE, PADDING, CHANNELS_LAST)
+            right = _patches(
+                x, column, at, last, shape, strides, SIZE, STRIDE, PADDING, CHANNELS_LAST
+            )
+            total += tl.dot(left, tl.trans(right), input_precision="ieee")
+        size = channels * SIZE * SIZE
+        inside = (row < size)[:, None] & (column < size)[None, :]
+        channel, tap = _element(row, channels, SIZE * SIZE, CHANNELS_LAST)
+        row = (channel * SIZE * SIZE + tap)[:, None]
+        channel, tap = _element(column, channels, SIZE * SIZE, CHANNELS_LAST)
+        column = (channel * SIZE * SIZE + tap)[None, :]
+        tl.atomic_add(A + row * size + column, total, mask=inside, sem="relaxed")
+        if tl.program_id(0) < tl.program_id(1):
+            tl.atomic_add(A + column * size + row, total, mask=inside, sem="relaxed")
 
     @triton.jit
     def _ssim(
@@ -173,7 +277,8 @@ if triton is not None:
         tl.store(out + at, value)
 
 
-PROGRAMS = 512  # enough to fill a GPU several times
+# Enough to fill a GPU several times; the interpreter runs one after the other.
+PROGRAMS = 8 if INTERPRETED else 512
 CHAIN = 32
 MULTIPLY_ADDS = 256 * CHAIN
 
@@ -198,6 +303,50 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
     grid = (triton.cdiv(c, tile), triton.cdiv(c, tile))
     _gram[grid](S, a, sigma, n, c, TILE=tile, DEPTH=32)
     return S
+
+
+def weighted_grams_(S: Sequence[Tensor], a: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``S += a' a`` for S [C, C] float32 and a [N, C] of each layer, all in one launch."""
+    widths, device = tuple(rows.shape[1] for rows in a), a[0].device
+    tile = min(128, max(32, triton.next_power_of_2(max(widths)) // 8))
+    tiles = _tiles(widths, tile, device)
+    addresses = [[s.data_ptr(), r.data_ptr(), c] for s, r, c in zip(S, a, widths, strict=True)]
+    layers = torch.tensor(addresses, pin_memory=device.type == "cuda")
+    _grams[(len(tiles),)](
+        tiles, layers.to(device, non_blocking=True), len(a[0]),
+        ELEMENT=getattr(tl, str(a[0].dtype).removeprefix("torch.")),
+        UNIT=math.gcd(16, *widths), TILE=tile, DEPTH=32, num_warps=8 if tile > 64 else 4,
+    )  # fmt: skip
+    return S
+
+
+@cache
+def _tiles(widths: tuple[int, ...], tile: int, device: torch.device) -> Tensor:
+    """Layer, row and column of every tile of the triangles, int32 [tiles, 3]."""
+    counts = [triton.cdiv(width, tile) for width in widths]
+    tiles = [
+        (layer, row, column)
+        for layer, count in enumerate(counts)
+        for row in range(count)
+        for column in range(row, count)
+    ]
+    return torch.tensor(tiles, dtype=torch.int32, device=device)
+
+
+def patch_gram_(A: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """``A += P' P`` for A [K, K] float32, P the unfolded x [N, C, H, W], which is not made."""
+    n, c, h, w = x.shape
+    rows, columns = ((size + 2 * padding - kernel_size) // stride + 1 for size in (h, w))
+    positions, depth = n * rows * columns, 32
+    tile = min(128, max(16, triton.next_power_of_2(len(A))))
+    tiles = triton.cdiv(len(A), tile)
+    parts = max(1, min(PROGRAMS // tiles**2, triton.cdiv(positions, depth)))
+    _patch_gram[(tiles, tiles, parts)](
+        A, x, positions, triton.cdiv(positions, parts), c, h, w, rows, columns, *x.stride(),
+        SIZE=kernel_size, STRIDE=stride, PADDING=padding,
+        CHANNELS_LAST=x.stride(1) == 1, TILE=tile, DEPTH=depth, num_warps=8 if tile > 32 else 4,
+    )  # fmt: skip
+    return A
 
 
 def map_similarity(x: Tensor) -> Tensor:

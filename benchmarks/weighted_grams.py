@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import networks
+from benchmarks import networks, triton_kernels
 from benchmarks.operation import Candidate, Case, Operation, Work
 from benchmarks.weighted_gram import updated
 from ccp_ext import ops
@@ -37,7 +37,12 @@ class WeightedGrams(Operation):
         return S, [case.random(n, c) for c in case.widths]
 
     def candidates(self, case: Case) -> dict[str, Candidate]:
-        return {"ours": ops.weighted_grams_, "eager": _addmm, "one by one": _one_by_one}
+        return {
+            "ours": ops.weighted_grams_,
+            "eager": _addmm,
+            "one by one": _one_by_one,
+            "triton": triton_kernels.weighted_grams_,
+        }
 
     def reference(self, S: Tensors, a: Tensors) -> tuple[Tensors, Tensors]:
         return tuple(zip(*map(updated, S, a), strict=True))
