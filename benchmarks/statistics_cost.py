@@ -163,6 +163,7 @@ def _check(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str
     """Errors of S by method, on a few images without TF32; and why a method is left out."""
     same = [name for name in options.methods if name in SAME_AS_PAPER]
     errors, left_out = {}, {}
+    expected = cache(lambda rounded: _expected(options, rounded))  # many methods share one
     with float32_precision("highest"):
         for name in same:
             rounded = options.autocast and name == PAPER
@@ -171,8 +172,7 @@ def _check(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str
             if isinstance(outcome, str):
                 left_out[name] = outcome
                 continue
-            expected = _expected(options, rounded)
-            errors[name] = max(_error(S, expected[group]) for group, S in outcome.items())
+            errors[name] = max(_error(S, expected(rounded)[group]) for group, S in outcome.items())
             if not errors[name] <= (SAME_PASS_TOLERANCE if rounded else TOLERANCE):
                 raise AssertionError(f"S by {name} is off by {errors[name]:.1e}")
     if PAPER in left_out:

@@ -418,6 +418,18 @@ def test_bfloat16_is_compared_with_the_same_pass(monkeypatch) -> None:
         statistics_cost._check(options)
 
 
+def test_methods_of_the_same_quantity_share_a_reference(monkeypatch) -> None:
+    made, make = [], statistics_cost._expected
+    monkeypatch.setattr(statistics_cost, "_expected", lambda *of: made.append(of[1]) or make(*of))
+    monkeypatch.setitem(statistics_cost.METHODS, "BackPACK", statistics_cost.METHODS["vmap"])
+    options = statistics_cost._options(
+        [*TINY, "--autocast", "--methods", PAPER, "vmap", "BackPACK"]
+    )
+    errors, left_out = statistics_cost._check(options)
+    assert errors.keys() == {PAPER, "vmap", "BackPACK"} and not left_out
+    assert made == [True, False]  # of the same pass, and of per-sample gradients
+
+
 def test_the_rivals_run_in_the_setting_of_training() -> None:
     options = statistics_cost._options([*TINY, "--autocast", "--channels-last"])
     S = {
