@@ -4,9 +4,9 @@
 
 The growth is measured, for one group, of its channel_dot from memory and its Gram update, and for
 all groups of a small network of ResNet-56's kind of the pass that collects S, beside a plain one.
-The cost of ImageNet on several GPUs is computed: from images a second as measured on one GPU, or,
-if none was, as assumed; from the exact size of all sums of ResNet-50, and from the links' nominal
-speeds.
+The cost of ImageNet on several GPUs is computed: from images a second of one GPU, as given, as
+measured, or else as assumed; from the exact size of all sums of ResNet-50, and from the links'
+nominal speeds.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a trial: two sizes, three rounds")
-    parser.add_argument("--images-per-second", type=float, help="of one GPU, as measured")
+    parser.add_argument("--images-per-second", type=float, help="of one GPU, positive")
     parser.add_argument(
         "--statistics", type=Path, help="results of statistics_cost to take images a second from"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of scaling.json")
     options = parser.parse_args(arguments)
+    rates, origin = rates_of_one_gpu(options)
     device = ccp_ext.usable_devices()[-1] if options.device == "auto" else options.device
     rows = [row for variable in STEPS for row in growth(variable, device, options)]
     print(table(rows))
@@ -78,10 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("the pass over a small network, all groups")
     print(table(passes))
     size = bytes_of_sums("resnet50")
-    rate = options.images_per_second
-    if rate is None and options.statistics is not None:
-        rate = images_per_second(options.statistics)
-    rates, origin = ([rate], "measured") if rate else (ASSUMED, "assumed, not measured")
     projected = [
         {"images/s of a GPU": each, "rate": origin} | projection(each, n, link)
         for each in rates
@@ -188,24 +185,40 @@ def ring_seconds(size: int, gpus: int, link: float) -> float:
     return 2 * (gpus - 1) / gpus * size / link
 
 
+def rates_of_one_gpu(options: argparse.Namespace) -> tuple[Sequence[float], str]:
+    """Images a second, and where they come from.
+
+    Raises:
+        InputError: the rate that was given is not positive.
+    """
+    given = options.images_per_second
+    if given is not None:
+        if not 0 < given < math.inf:
+            raise ccp_ext.InputError(f"scaling: images-per-second must be positive; got {given}")
+        return [given], "given"
+    if options.statistics is not None:
+        return [images_per_second(options.statistics)], "measured"
+    return ASSUMED, "assumed, not measured"
+
+
 def images_per_second(statistics: Path) -> float:
     """What the default way to S reached in a run of ``statistics_cost``."""
     rows = json.loads(statistics.read_text(encoding="utf-8"))["rows"]
     return next(row["images/s"] for row in rows if row["method"] == DEFAULT)
 
 
-def projection(images_per_second: float | None, gpus: int, link: str) -> dict:
+def projection(images_per_second: float, gpus: int, link: str) -> dict:
     """What one pass over ImageNet costs; the sums are reduced once, at its end."""
     size = bytes_of_sums("resnet50")
     reduce = ring_seconds(size, gpus, LINKS[link])
-    compute = IMAGES / (images_per_second * gpus) if images_per_second else None
+    compute = IMAGES / (images_per_second * gpus)
     return {
         "GPUs": gpus,
         "link": link,
         "pass over the images, s": compute,
         "MB sent by each": 1e-6 * 2 * (gpus - 1) / gpus * size,
         "all-reduce, ms": 1e3 * reduce,
-        "efficiency %": 100 * compute / (compute + reduce) if compute else None,
+        "efficiency %": 100 * compute / (compute + reduce),
     }
 
 

@@ -513,7 +513,22 @@ def test_the_growth_of_the_pass_is_measured_and_assumed_rates_are_marked(
     scaling.main(["--device", "cpu", "--quick", *rate, "--output", str(tmp_path)])
     content = json.loads((tmp_path / "scaling.json").read_text())
     passes = content["computed, not measured"]["passes"]
-    assert [row["rate"] for row in passes] == ["measured"] * 9
+    assert [row["rate"] for row in passes] == ["given"] * 9
+
+
+def test_a_rate_says_whether_it_was_given_measured_or_assumed(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps({"rows": [{"method": DEFAULT, "images/s": 2500.0}]}))
+
+    def rates(given: float | None, statistics: Path | None) -> tuple:
+        options = SimpleNamespace(images_per_second=given, statistics=statistics)
+        return scaling.rates_of_one_gpu(options)
+
+    assert rates(1000.0, path) == ([1000.0], "given")
+    assert rates(None, path) == ([2500.0], "measured")
+    assert rates(None, None) == (scaling.ASSUMED, "assumed, not measured")
+    with pytest.raises(InputError, match="images-per-second must be positive; got 0"):
+        rates(0.0, path)
 
 
 def test_growth_is_fitted_at_the_largest_sizes() -> None:
