@@ -170,14 +170,15 @@ def run(
     graph = inputs.graph
     table = _latency_table(settings, inputs, Path(output))
     schedule = Schedule(graph, settings.rounds, settings.budget(), settings.rules(), table)
-    schedule.check()
+    if settings.latency is None or table is not None:
+        schedule.check()
     check_statistics(inputs.model, graph, criterion, settings.allocation)
 
     contents = inputs.contents()
     if settings.latency_table is not None:
         contents["content of latency_table"] = table.digest()
     with RunFolder.opened(output, {**_plain(settings), **contents}) as folder:
-        return _run(settings, criterion, inputs, schedule, table, folder, progress, say)
+        return _run(settings, criterion, inputs, schedule, folder, progress, say)
 
 
 def _run(
@@ -185,7 +186,6 @@ def _run(
     criterion: criteria.Criterion,
     inputs: Inputs,
     schedule: Schedule,
-    table: LatencyTable | None,
     folder: RunFolder,
     progress: bool,
     say: Callable[[str], None],
@@ -198,8 +198,8 @@ def _run(
         say(f"{folder.path} already holds this run's result")
         _tidy(folder, settings.rounds)
         return finished
-    if table is not None and settings.latency_table is None:
-        table.save(folder.path / LATENCY_FILE)
+    if settings.latency is not None and settings.latency_table is None:
+        schedule = _by_kept_table(schedule, folder)
     recorder = _Recorder(folder, inputs.test, inputs.example, settings.batch_size, progress, say)
     recorder.record("plain", model)
 
@@ -448,14 +448,28 @@ class _Rounds:
 
 
 def _latency_table(settings: PruneSettings, inputs: Inputs, output: Path) -> LatencyTable | None:
-    """The table asked for, the one that the run measured before a stop, or a new one."""
+    """The table asked for or a new one; None if there is no need, or one from before a stop.
+
+    That one is read later, when no other process can be writing it.
+    """
     if settings.latency is None:
         return None
     if settings.latency_table is not None:
         return LatencyTable.load(settings.latency_table)
     if (output / LATENCY_FILE).exists():
-        return LatencyTable.load(output / LATENCY_FILE)
+        return None
     return measure.latency_table(inputs.model, inputs.graph, inputs.example, LATENCY_STEP)
+
+
+def _by_kept_table(schedule: Schedule, folder: RunFolder) -> Schedule:
+    """By the table that the folder holds by now, else by the new one, which is kept."""
+    file = folder.path / LATENCY_FILE
+    if schedule.latency_table is not None and not file.exists():
+        schedule.latency_table.save(file)
+        return schedule
+    schedule = dataclasses.replace(schedule, latency_table=LatencyTable.load(file))
+    schedule.check()
+    return schedule
 
 
 def check_statistics(

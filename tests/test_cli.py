@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -626,6 +627,37 @@ def test_a_latency_budget_measures_a_table_once(inputs, tmp_path, capsys, monkey
     (output / "latency.json").write_text(json.dumps({**content, "device": "another"}))
     capsys.readouterr()
     assert "content of latency_table" in complaint(capsys, saved)
+
+
+def test_the_latency_table_of_a_folder_is_read_under_its_lock(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "run"
+    command = prune_command(inputs, output, macs=None, latency=0.7, criterion="l1", repair="none")
+    measured, tables = pipeline.measure.latency_table, []
+
+    def measure_beside_another_process(*arguments):
+        table = measured(*arguments, timer=weights_in_tiles)
+        theirs = dataclasses.replace(table, milliseconds=2 * table.milliseconds)
+        output.mkdir()
+        theirs.save(output / "latency.json")
+        tables.extend((table, theirs))
+        return table
+
+    monkeypatch.setattr(pipeline.measure, "latency_table", measure_beside_another_process)
+    taken = []
+    monkeypatch.setattr(
+        pipeline, "make_plan", lambda *_, latency_table, **__: taken.append(latency_table) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        cli.main(command)
+    mine, theirs = tables
+    assert taken == [theirs] != [mine]
+    assert ccp_ext.LatencyTable.load(output / "latency.json") == theirs
+    (output / "latency.json").write_text("{")
+    with locked(output):
+        assert "is in use by process" in complaint(capsys, command)
+    assert "latency.json' is malformed" in complaint(capsys, command)
 
 
 def test_only_training_images_decide(inputs, tmp_path, monkeypatch):
