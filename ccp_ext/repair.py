@@ -60,9 +60,17 @@ def parse(text: str, further: Sequence[str] = ()) -> tuple[str, ...]:
     return steps
 
 
-def options(text: str) -> dict[str, dict[str, Any]]:
-    """By step the options that :func:`apply` leaves at their defaults or sets by itself."""
-    return {step: _defaults(_FUNCTIONS[step]) | REFITS.get(step, {}) for step in parse(text)}
+def options(text: str, further: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """By step the options that :func:`apply` leaves at their defaults or sets by itself.
+
+    Args:
+        further: as of :func:`parse`; such steps are left out.
+    """
+    return {
+        step: _defaults(_FUNCTIONS[step]) | REFITS.get(step, {})
+        for step in parse(text, further)
+        if step in STEPS
+    }
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

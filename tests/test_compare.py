@@ -23,6 +23,7 @@ from ccp_ext.files import locked
 from ccp_ext.finetune import FinetuneConfig
 from ccp_ext.finetune.run import Run
 from ccp_ext.plan import PruningPlan
+from ccp_ext.repair import options as repair_options
 from ccp_ext.report.page import write as write_page
 from ccp_ext.report.summary import explanation, rank, summarise, tables
 from ccp_ext.run_folder import RunFolder
@@ -92,6 +93,31 @@ def test_each_row_is_the_model_that_ccp_prune_makes_with_its_seed(inputs, whole,
             assert (row["MACs"], row["parameters"]) == (stage["MACs"], stage["parameters"])
             groups = PruningPlan.load(folder / "plan.json").groups
             assert row["kept"] == {name: len(group.kept) for name, group in groups.items()}
+
+
+def test_rows_say_what_of_the_repair_the_settings_do_not(inputs, tmp_path):
+    steps = "fold+refit-linear+batchnorm+finetune"
+    wanted = settings(
+        inputs,
+        criteria=("l1",),
+        macs=(0.5,),
+        seeds=(1, 0),
+        repair=("none", steps),
+        finetune=FinetuneConfig(epochs=1, batch_size=32),
+    )
+    output = tmp_path / "run"
+    run(wanted, output)
+    rows = json.loads((output / "comparison.json").read_text())["rows"]
+    recorded = [row["repair options"] for row in rows if row["repair"] == steps]
+    assert recorded == [repair_options("fold+refit-linear+batchnorm")] * 4
+    assert recorded[0]["refit-linear"]["joint"] == 0 and "ridge" in recorded[0]["refit-linear"]
+    others = [row["repair options"] for row in rows if row["repair"] != steps]
+    assert others == [{}] * 6  # without a repair, and of the unpruned control
+    for path in (output / "rows").glob("*--0.json"):  # rows of an earlier version have none
+        row = json.loads(path.read_text())
+        del row["repair options"]
+        path.write_text(json.dumps(row))
+    assert len(run(wanted, output)["summary"]) == 4
 
 
 def test_the_halves_are_those_of_the_official_order(inputs, whole):

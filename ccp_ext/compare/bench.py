@@ -63,6 +63,7 @@ class Bench:
         row["kept"] = kept
         row |= self._evaluations(model)
         row["repair images"] = images
+        row["repair options"] = repair.options(job.repair, [FINETUNE])
         for name, used in zip(COSTS, (gathering, choosing, repairing), strict=True):
             row[f"{name} seconds"] = used.seconds
             row[f"{name} MiB"] = used.mebibytes

@@ -52,8 +52,9 @@ def compare(
         :mod:`ccp_ext.report.summary`. A row has the columns of :class:`Job`, MACs, parameters and
         their shares that are kept, the allocation that was taken and its forecast objective, how
         many channels each group keeps ("kept"), accuracy (percent) and loss on the halves of the
-        test set and on the whole, the images that every layer had in the refits, and the seconds
-        and peak memory (MiB) of statistics, choice and repair.
+        test set and on the whole, the images that every layer had in the refits, by step what of
+        the repair is not among the settings, such as the ridge of a refit ("repair options"), and
+        the seconds and peak memory (MiB) of statistics, choice and repair.
 
     Raises:
         InputError: anything in the settings or the data that the user can mend, and a folder that

@@ -101,6 +101,8 @@ def rank(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     for name, first in rows[0].items():
+        if name == "repair options":  # those of each row, and rows of earlier versions have none
+            continue
         values = [row[name] for row in rows]
         if name == "seed":
             entry["seeds"] = len(values)
