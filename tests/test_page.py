@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccp_ext import cli, models, trace
+from ccp_ext import cli, models, ops, trace
 from ccp_ext.compare.jobs import Job
 from ccp_ext.cost import Cost
 from ccp_ext.criteria import gathering
@@ -555,16 +555,30 @@ def test_costs_that_are_not_pairwise_are_shown_beside_those_of_ccp(scene):
     assert f"from {snapshot.IMAGES} training images" in taken.note
 
 
-def test_a_model_without_derivatives_has_a_snapshot_without_matrices(scene, monkeypatch, tmp_path):
-    def refused(*arguments, **options):
-        raise RuntimeError("no derivative of this operator")
+def without_derivative():
+    raise RuntimeError("no derivative of this operator")
 
-    monkeypatch.setattr(gathering, "collect", refused)
+
+def refused_by_an_operator():
+    ops.channel_dot(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (without_derivative, "no derivative of this operator."),
+        (refused_by_an_operator, "from this model: channel_dot: x must be float32, "),
+    ],
+)
+def test_a_model_without_derivatives_has_a_snapshot_without_matrices(
+    fail, message, scene, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gathering, "collect", lambda *_, **__: fail())
     taken = snapshot.take(*scene, progress=False)
     taken.save(tmp_path / "s.safetensors")
     read = snapshot.Snapshot.load(tmp_path / "s.safetensors")
     assert not read.S and len(read.maps) == 3
-    assert read.note.endswith("from this model: no derivative of this operator.")
+    assert message in read.note
 
 
 def test_the_channels_of_a_matrix_without_a_plan_stand_by_what_each_costs_alone(tmp_path):

@@ -110,7 +110,7 @@ def _pairwise_costs(
     ccp, few = criteria.get("ccp"), images.subset(range(min(IMAGES, len(images))))
     try:
         stats = criteria.gather(model, graph, ccp, few, batch_size=BATCH_SIZE, progress=progress)
-    except (InputError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # an InputError is a ValueError
         # No reason to stop: the criterion that chooses may need no derivatives.
         return {}, f"The pairwise costs of ccp could not be gathered from this model: {error}."
     note = (
