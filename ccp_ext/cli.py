@@ -502,12 +502,16 @@ def _add_input(
         help="folder with CIFAR-10, or with photos by class (train/CLASS/*.jpg beside val, or "
         "CLASS/*.jpg), an .npz, or digits",
     )
-    for option in ("--mean", "--std"):
+    # A word that begins with a minus is an option to argparse, unless it is a single number.
+    for option, if_negative in (
+        ("--mean", "; with = where the first is negative, such as --mean=-0.1,0,0"),
+        ("--std", ""),
+    ):
         command.add_argument(
             option,
             type=_list_of(float),
             help="of each channel, such as 0.5,0.5,0.5, for pixels of 0 to 1: what the model was "
-            "trained with, in place of the data's own",
+            f"trained with, in place of the data's own{if_negative}",
         )
     command.add_argument("--batch-size", type=int, default=128)
     command.add_argument("--device", default="auto", help=device)

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,16 @@ def test_the_models_own_normalisation_takes_the_place_of_the_datas(inputs, tmp_p
     assert plain["all loss"] == pytest.approx(expected, rel=1e-6)
     assert "mean must be 3 finite numbers" in complaint(capsys, [*command, "--mean", "0.5"])
     assert "another folder" in complaint(capsys, command)
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "compare"])
+def test_the_help_says_how_a_mean_that_begins_with_a_minus_is_given(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    (example,) = re.findall(r"--mean=-\S+", capsys.readouterr().out)
+    subject = ["--model", "resnet8", "--weights", "w", "--data", "d"]
+    given = cli._parser().parse_args(["evaluate", *subject, example])
+    assert given.mean == (-0.1, 0.0, 0.0)
 
 
 def test_every_repair_and_all_of_the_fine_tuning(inputs, tmp_path):
