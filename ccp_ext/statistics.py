@@ -376,22 +376,26 @@ class Statistics(Mapping):
         Three messages for all groups together: their widths, their counts, and their sums one after
         another, of which a copy is made for that time. Kept rows are gathered: every rank then
         holds those of all ranks, in the ranks' order.
+
+        Raises:
+            InputError: this rank's sums lie on several devices; nothing was sent then.
         """
         self._flush()
+        device = self._one_device()
         reduce = partial(torch.distributed.all_reduce, group=process_group)
         groups = list(self._groups.values())
         parameter = next(self.model.parameters())
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         seen = [0 if group.gram_sum is None else len(group.gram_sum) for group in groups]
-        widths = torch.tensor(seen, device=parameter.device)
+        widths = torch.tensor(seen, device=device)
         reduce(widths, torch.distributed.ReduceOp.MAX)
         for group, width in zip(groups, widths.tolist(), strict=True):
             if width and group.gram_sum is None:
-                group._allocate(parameter.new_zeros(1, width, dtype=dtype))
+                group._allocate(torch.zeros(1, width, dtype=dtype, device=device))
         groups = [group for group in groups if group.gram_sum is not None]
         if not groups:
             return self
-        counts = torch.tensor([group.count for group in groups], device=parameter.device)
+        counts = torch.tensor([group.count for group in groups], device=device)
         sums = [total for group in groups for total in group._sums()]
         joined = torch.cat([total.flatten() for total in sums])
         reduce(counts)
@@ -403,6 +407,17 @@ class Statistics(Mapping):
             if self.keep_rows:
                 group.row_blocks = _all_gather_rows(group._joined_rows(), process_group)
         return self
+
+    def _one_device(self) -> torch.device:
+        """That of the sums; the model's if there are none yet."""
+        devices = {g.gram_sum.device for g in self._groups.values() if g.gram_sum is not None}
+        if len(devices) > 1:
+            raise InputError(
+                "Statistics.all_reduce: the sums of a rank must lie on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; collect with the model on one device, or "
+                "load the state_dict into a collector of such a model"
+            )
+        return next(iter(devices), next(self.model.parameters()).device)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, as plain tensors and values (readable with ``weights_only=True``)."""

@@ -680,6 +680,13 @@ WORKER = """
 """
 
 
+def test_sums_on_several_devices_are_not_reduced():
+    stats = statistics_of(small_net(), {"g": "act1", "h": "head"}, [batch()], curvature="empirical")
+    stats["h"].gram_sum = stats["h"].gram_sum.to("meta")
+    with pytest.raises(InputError, match="must lie on one device, got cpu, meta"):
+        stats.all_reduce()
+
+
 @pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch was built without gloo"
 )
