@@ -73,6 +73,13 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
     Returns:
         ``S``.
 
+        On CUDA a float32 ``S`` with a float32 ``a`` or with weights is made of pairs of TF32
+        values, which infinity does not have. An infinite ``a[n, k, i]`` then makes NaN of row and
+        column i of ``S``, and an infinite ``sigma[n, k]`` of all of it, where the CPU has infinity
+        (with weights and 16 bits some elements of a row or column stay infinite). A float32 value,
+        or a product of ``sigma`` and ``a``, counts as infinite from (2 - 2^-11) 2^127, about
+        3.402e38, on. 16 bits without weights and a float64 ``S`` keep infinities.
+
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``S``.
     """
@@ -176,7 +183,7 @@ def map_similarity(
     Returns:
         ``[C, C]``, float32; float64 for float64 inputs. Without ``y`` it is symmetric to the bit
         and its diagonal exact: 1, or 0 for mse, or 60 for psnr. Maps that hold NaN or infinity make
-        NaN of their row and column. With N = 0 or no positions, all NaN.
+        NaN of their row and column, on every device. With N = 0 or no positions, all NaN.
 
         float32 maps are centred by their mean before products are summed: a large mean costs no
         accuracy. Two calls give equal bits, also with another number of CPU threads.
@@ -210,7 +217,7 @@ def weighted_grams_(
             None means all ones.
 
     Returns:
-        ``S``, as a list.
+        ``S``, as a list. On CUDA infinities become NaN as in :func:`weighted_gram_`.
 
     Raises:
         ValueError: As in :func:`weighted_gram_`; the message names the layer. Or the numbers of
@@ -260,6 +267,12 @@ def patch_gram_(
         ``A``. A matrix symmetric to the bit stays so. Two calls give equal bits, also with another
         number of CPU threads.
 
+        On CUDA a float32 ``A`` with a float32 ``x`` is made of pairs of TF32 values, which infinity
+        does not have: an infinite value, or one of at least (2 - 2^-11) 2^127, about 3.402e38,
+        makes NaN of every element of ``A`` that it takes part in, where the CPU has infinity. With
+        ``allow_tf32`` such a value counts as infinity, and infinities stay; they stay too with 16
+        bits and in a float64 ``A``.
+
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``A``.
     """
@@ -297,7 +310,7 @@ def patch_cross_(
         kernel_size, stride, padding, dilation, groups, allow_tf32: As in :func:`patch_gram_`.
 
     Returns:
-        ``B``.
+        ``B``. On CUDA infinities in ``x`` and ``y`` become NaN as in :func:`patch_gram_`.
 
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``B``.
