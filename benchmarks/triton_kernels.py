@@ -1,6 +1,7 @@
 """The rivals in Triton, as a good user of it would write them, and the rate of multiply-adds.
 
-``triton`` is None where it is missing.
+Products of float32 values are made of three TF32 products, as ours are. ``triton`` is None where it
+is missing.
 
 They run on a GPU, or on a CPU in Triton's interpreter (``TRITON_INTERPRET=1``).
 """
@@ -66,7 +67,7 @@ if triton is not None:
 
     @triton.jit
     def _gram(S, a, sigma, samples, channels, TILE: tl.constexpr, DEPTH: tl.constexpr):
-        """One program for each tile of S [C, C] += a' diag(sigma) a, a [N, C]; no TF32."""
+        """One program for each tile of S [C, C] += a' diag(sigma) a, a [N, C]."""
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         total = tl.zeros((TILE, TILE), tl.float32)
@@ -84,7 +85,7 @@ if triton is not None:
                 other=0.0,
             ).to(tl.float32)
             weight = tl.load(sigma + sample, mask=some, other=0.0)
-            total += tl.dot(left * weight[None, :], right, input_precision="ieee")
+            total += tl.dot(left * weight[None, :], right, input_precision="tf32x3")
         at = S + row[:, None] * channels + column[None, :]
         inside = (row < channels)[:, None] & (column < channels)[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
@@ -94,7 +95,7 @@ if triton is not None:
         tiles, layers, samples,
         ELEMENT: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """One program for each tile of the triangles of all layers' S [C, C] += a' a; no TF32."""
+        """One program for each tile of the triangles of all layers' S [C, C] += a' a."""
         tile = tiles + 3 * tl.program_id(0)
         layer = layers + 3 * tl.load(tile)
         S = tl.multiple_of(tl.load(layer).to(tl.pointer_type(tl.float32)), 16)
@@ -111,7 +112,7 @@ if triton is not None:
             right = tl.load(
                 rows + column[None, :], mask=some & (column < channels)[None, :], other=0.0
             )
-            total += tl.dot(tl.trans(left), right, input_precision="ieee")
+            total += tl.dot(tl.trans(left), right, input_precision="tf32x3")
         inside = (row < channels)[:, None] & (column < channels)[None, :]
         at = S + row[:, None] * channels + column[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
@@ -163,7 +164,7 @@ if triton is not None:
         SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
         CHANNELS_LAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """One program for a tile of A's triangle and a part of the positions; no TF32."""
+        """One program for a tile of A's triangle and a part of the positions."""
         if tl.program_id(0) > tl.program_id(1):
             return
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -179,7 +180,7 @@ if triton is not None:
             right = _patches(
                 x, column, at, last, shape, strides, SIZE, STRIDE, PADDING, CHANNELS_LAST
             )
-            total += tl.dot(left, tl.trans(right), input_precision="ieee")
+            total += tl.dot(left, tl.trans(right), input_precision="tf32x3")
         size = channels * SIZE * SIZE
         inside = (row < size)[:, None] & (column < size)[None, :]
         channel, tap = _element(row, channels, SIZE * SIZE, CHANNELS_LAST)
@@ -196,7 +197,7 @@ if triton is not None:
         of_sample, of_channel, of_position, samples_a_part,
         C1: tl.constexpr, C2: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """One program for a tile of the sum [C, C] over a part of the samples; no TF32."""
+        """One program for a tile of the sum [C, C] over a part of the samples."""
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         part = tl.program_id(2)
@@ -217,7 +218,7 @@ if triton is not None:
                     mask=(column < channels)[None, :] & (at < positions)[:, None],
                     other=0.0,
                 )
-                product += tl.dot(left, right, input_precision="ieee")
+                product += tl.dot(left, right, input_precision="tf32x3")
             some = sample * channels
             mean_i = tl.load(mean + some + row, mask=row < channels, other=0.0)[:, None]
             mean_j = tl.load(mean + some + column, mask=column < channels, other=0.0)[None, :]
