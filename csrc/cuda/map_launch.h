@@ -9,8 +9,11 @@ namespace ccp {
 
 // A block compares a tile of maps with a tile of maps, by twice as many threads.
 constexpr int kLargeMapTile = 128, kSmallMapTile = 64;
+// Or, of values of 16 bits on Hopper, two such rows of tiles with one column: a tall tile.
 constexpr int kMapStages = 4;      // of the pipeline between global memory and the matrix units
+constexpr int kTallMapStages = 5;  // of that of tall tiles
 constexpr int kMapRowBytes = 128;  // of each map in a stage
+constexpr int kTallMapRowBytes = 64;
 
 // Blocks on a multiprocessor: both tiles keep eight warps there.
 CCP_HD constexpr int map_blocks_at_once(int tile) { return tile == kLargeMapTile ? 1 : 2; }
@@ -19,6 +22,10 @@ CCP_HD constexpr int map_blocks_at_once(int tile) { return tile == kLargeMapTile
 constexpr int64_t map_shared_bytes(int tile) {
   return int64_t{kMapStages} * 2 * tile * (kMapRowBytes + sizeof(MapTerms<float>));
 }
+
+// Longest maps of tall tiles. There the matrix units alone sum a map's products, 16 positions at a
+// time, rounding towards zero: at most 256 such roundings.
+constexpr int64_t kMostTallPositions = 4096;
 
 // How maps come into shared memory.
 enum class MapLoads {
@@ -29,12 +36,12 @@ enum class MapLoads {
 };
 
 struct MapSimilarityLaunch {
-  int tile;  // maps of a tile's side
+  int rows, tile;  // maps of a tile: rows, columns
   MapLoads loads;
   bool packed;  // the maps are copied, centred, into rows of whole units (packed_maps)
   int64_t
       extent[2];  // of the rows' and of the columns' tensor: elements from its first to its last
-  int64_t side;   // tiles along one side of the result
+  int64_t side;   // tiles side by side in the result
   int64_t tiles;  // of the result, or of its upper triangle
   Split split;    // of the samples
   int64_t blocks;
@@ -43,8 +50,11 @@ struct MapSimilarityLaunch {
   int last_positions;  // in the last of them
   float per_position;  // map_scale^2 / positions
 
+  CCP_HD bool tall() const { return rows > tile; }
+
   CCP_HD TileIndex tile_index(bool symmetric, int64_t index) const {
-    return symmetric ? upper_tile(index) : TileIndex{index / side, index % side};
+    if (!symmetric) return {index / side, index % side};
+    return tall() ? upper_tall_tile(index) : upper_tile(index);
   }
 };
 
@@ -77,14 +87,31 @@ constexpr int64_t kMapBlockStages = 6;
 constexpr int kMapMostRounds = 8;
 
 struct MapTiles {
-  int tile;       // maps of a tile's side
-  int64_t side;   // tiles along one side of the result
-  int64_t count;  // of the result, or of its upper triangle
+  int rows, tile;  // maps of a tile: rows, columns
+  int64_t side;    // tiles side by side in the result
+  int64_t count;   // of the result, or of its upper triangle
+  int64_t loaded;  // maps that all of these load, a diagonal one its rows only
 };
 
 inline MapTiles map_tiles(int tile, const MapSimilarityParams& params) {
-  const int64_t side = ceil_div(params.maps.layout.channel.size, tile);
-  return {tile, side, params.symmetric ? side * (side + 1) / 2 : side * side};
+  const int64_t channels = params.maps.layout.channel.size, side = ceil_div(channels, tile);
+  const int64_t count = params.symmetric ? side * (side + 1) / 2 : side * side;
+  return {tile, tile, side, count, (params.symmetric ? 1 : 2) * channels * side};
+}
+
+inline MapTiles tall_map_tiles(const MapSimilarityParams& params) {
+  constexpr int kTile = kLargeMapTile;
+  const int64_t channels = params.maps.layout.channel.size, side = ceil_div(channels, kTile);
+  const int64_t high = ceil_div(side, 2);
+  if (!params.symmetric) return {2 * kTile, kTile, side, high * side, channels * (side + high)};
+  MapTiles tiles{2 * kTile, kTile, side, 0, 0};
+  for (int64_t column = 0; column < side; ++column) {
+    const int64_t above = column / 2;  // the diagonal tile
+    tiles.count += above + 1;
+    tiles.loaded += std::min<int64_t>((column + 1) * kTile, channels) +
+                    above * std::min<int64_t>(kTile, channels - column * kTile);
+  }
+  return tiles;
 }
 
 // The split of least time, of those into few rounds of blocks. Tiles on the diagonal take half as
@@ -94,11 +121,12 @@ inline MapSplit split_map_samples(const MapTiles& tiles, const MapSimilarityPara
   const int64_t samples = params.maps.layout.sample.size;
   const int64_t channels = params.maps.layout.channel.size;
   const int64_t stages = ceil_div(params.maps.layout.positions * element_size, kMapRowBytes);
-  const int64_t panels = params.symmetric ? 1 : 2;
-  const double average = static_cast<double>(panels * channels * tiles.side) / tiles.count;
+  const bool alone = params.symmetric && tiles.count == 1;  // the tile, and so on the diagonal
+  const double average = static_cast<double>(tiles.loaded) / tiles.count;
   const double most =
-      static_cast<double>(std::min<int64_t>(tiles.tile, channels) * (tiles.side > 1 ? 2 : panels));
-  const double more = static_cast<double>(kMapBlockStages * tiles.tile);
+      static_cast<double>(std::min<int64_t>(tiles.rows, channels) +
+                          (alone ? 0 : std::min<int64_t>(tiles.tile, channels)));
+  const double more = static_cast<double>(kMapBlockStages * tiles.rows);
   const int64_t at_once = kMultiprocessors * map_blocks_at_once(tiles.tile);
   const int64_t least = ceil_div(tiles.count, at_once);
   MapSplit best{};
@@ -120,10 +148,12 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   const MapLoads loads = map_loads(params.maps, element_size);
   const bool packed =
       tiles.tile == kLargeMapTile && loads != MapLoads::kRows && loads != MapLoads::kChannelsLast;
-  const int64_t blocks = tiles.count * split.count, depth = kMapRowBytes / element_size;
+  const int64_t blocks = tiles.count * split.count;
+  const int64_t depth = (tiles.rows > tiles.tile ? kTallMapRowBytes : kMapRowBytes) / element_size;
   const int64_t chunks = ceil_div(layout.positions, depth);
   const float scale = static_cast<float>(params.scale);
-  return {tiles.tile,
+  return {tiles.rows,
+          tiles.tile,
           packed ? MapLoads::kRows : loads,
           packed,
           {rows_extent(layout, layout.sample.x_stride, layout.channel.x_stride),
@@ -138,16 +168,29 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
           scale * scale / static_cast<float>(layout.positions)};
 }
 
-// With the tiles that take less time, where a block may have `shared_bytes` of shared memory.
+// What the launch arithmetic asks of a GPU.
+struct MapDevice {
+  int64_t shared_bytes;  // of shared memory, that a block may have
+  bool tall_tiles;       // whether the kernel of tall tiles runs there
+};
+
+// With the tiles that take the least time.
 inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params, int element_size,
-                                               int64_t shared_bytes) {
-  const MapTiles small = map_tiles(kSmallMapTile, params), large = map_tiles(kLargeMapTile, params);
-  const MapSplit split = split_map_samples(small, params, element_size);
-  const MapSplit large_split = split_map_samples(large, params, element_size);
-  const bool fits = map_shared_bytes(kLargeMapTile) <= shared_bytes;
-  return fits && large_split.time < split.time
-             ? plan_map_similarity(params, element_size, large, large_split.split)
-             : plan_map_similarity(params, element_size, small, split.split);
+                                               const MapDevice& device) {
+  MapTiles tiles = map_tiles(kSmallMapTile, params);
+  MapSplit split = split_map_samples(tiles, params, element_size);
+  const auto consider = [&](const MapTiles& others) {
+    const MapSplit other = split_map_samples(others, params, element_size);
+    if (other.time > split.time || (other.time == split.time && others.rows == tiles.rows)) return;
+    tiles = others;
+    split = other;
+  };
+  if (map_shared_bytes(kLargeMapTile) <= device.shared_bytes)
+    consider(map_tiles(kLargeMapTile, params));
+  if (device.tall_tiles && element_size == 2 &&
+      params.maps.layout.positions <= kMostTallPositions)
+    consider(tall_map_tiles(params));
+  return plan_map_similarity(params, element_size, tiles, split.split);
 }
 
 // The length of a packed map.

@@ -43,15 +43,30 @@ Tensor centred_maps(const Tensor& x, const MapSimilarityParams& params, MapSide 
 }
 
 template <class T>
+MapDevice map_device(int32_t index) {
+  int shared_bytes = 0;
+  check_cuda("map_similarity", cudaDeviceGetAttribute(
+                                   &shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  MapDevice device{shared_bytes, false};
+  if constexpr (sizeof(T) == 2) {
+    // What was compiled for other architectures than sm_90a has no kernel of tall tiles in it. What
+    // this device loads says so itself.
+    with_tall_map_kernel<T>(MapLoads::kRows, [&](auto kernel, int threads, int) {
+      cudaFuncAttributes attributes{};
+      check_cuda("map_similarity", cudaFuncGetAttributes(&attributes, kernel));
+      device.tall_tiles = attributes.maxThreadsPerBlock >= threads;
+    });
+  }
+  return device;
+}
+
+template <class T>
 void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStream_t stream) {
   const Tensor x_terms = map_terms<T>(params, left_side(params), out, stream);
   const Tensor y_terms =
       params.symmetric ? x_terms : map_terms<T>(params, right_side(params), out, stream);
-  int shared_bytes = 0;
-  check_cuda("map_similarity",
-             cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                    x.get_device_index()));
-  const MapSimilarityLaunch launch = plan_map_similarity(params, sizeof(T), shared_bytes);
+  const MapSimilarityLaunch launch =
+      plan_map_similarity(params, sizeof(T), map_device<T>(x.get_device_index()));
   std::optional<Tensor> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(x, params, left_side(params), x_terms, stream);
@@ -59,13 +74,11 @@ void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStr
         params.symmetric ? x_maps : centred_maps<T>(x, params, right_side(params), y_terms, stream);
     params = packed_maps(params, x_maps->const_data_ptr(), y_maps->const_data_ptr(), sizeof(T));
   }
-  Tensor partial = torch::stable::new_empty(out, {launch.blocks, launch.tile, launch.tile});
-  with_map_similarity_kernel<T>(launch, [&](auto kernel, auto traits) {
-    using Traits = decltype(traits);
-    const int bytes = sizeof(MapShared<Traits>);
+  Tensor partial = torch::stable::new_empty(out, {launch.blocks, launch.rows, launch.tile});
+  with_map_similarity_kernel<T>(launch, [&](auto kernel, int threads, int bytes) {
     check_cuda("map_similarity",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<launch.grid, Traits::kThreads, bytes, stream>>>(
+    kernel<<<launch.grid, threads, bytes, stream>>>(
         params, launch, static_cast<const MapTerms<float>*>(x_terms.const_data_ptr()),
         static_cast<const MapTerms<float>*>(y_terms.const_data_ptr()),
         static_cast<float*>(partial.mutable_data_ptr()));

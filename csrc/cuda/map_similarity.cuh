@@ -17,6 +17,7 @@
 
 #include "csrc/cuda/channel_tiles.cuh"
 #include "csrc/cuda/map_moments.cuh"
+#include "csrc/cuda/map_similarity_tall.cuh"
 #include "csrc/cuda/shared.cuh"
 #include "csrc/cuda/units.cuh"
 
@@ -103,18 +104,6 @@ __device__ __forceinline__ MapTask map_task(const MapSimilarityParams& params,
           first,
           at_most(layout.sample.size - first, launch.split.length)};
 }
-
-// Where in the samples of a task a stage lies. Stages are counted on and on; a stage's place in the
-// ring is its number % kMapStages.
-struct MapCursor {
-  int sample = 0, chunk = 0;
-
-  __device__ __forceinline__ void advance(int chunks) {
-    if (++chunk < chunks) return;
-    chunk = 0;
-    ++sample;
-  }
-};
 
 // One thread's part of filling the stages of a task, one after the other.
 template <class Traits>
@@ -621,7 +610,7 @@ template <class = void>
 __global__ void __launch_bounds__(kBlockThreads)
     mean_of_map_parts(MapSimilarityParams params, MapSimilarityLaunch launch,
                       const float* partial) {
-  const int64_t elements = static_cast<int64_t>(launch.tile) * launch.tile;
+  const int64_t elements = static_cast<int64_t>(launch.rows) * launch.tile;
   const int64_t channels = params.maps.layout.channel.size, count = launch.tiles * elements;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlockThreads;
   float* out = static_cast<float*>(params.maps.out);
@@ -629,7 +618,7 @@ __global__ void __launch_bounds__(kBlockThreads)
        e += stride) {
     const DivMod at = div_mod(e, elements), in_tile = div_mod(at.remainder, launch.tile);
     const TileIndex tile = launch.tile_index(params.symmetric, at.quotient);
-    const int64_t i = tile.row * launch.tile + in_tile.quotient;
+    const int64_t i = tile.row * launch.rows + in_tile.quotient;
     const int64_t j = tile.column * launch.tile + in_tile.remainder;
     if (i >= channels || j >= channels || (params.symmetric && i > j)) continue;
     float sum = 0;
@@ -667,11 +656,17 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Calls use(kernel, traits) with the kernel for this way of loading and its traits. Host code,
-// shared by the launcher and the emulator's tests.
+// Calls use(kernel, threads, shared_bytes) with the kernel for this launch. Host code, shared by
+// the launcher and the emulator's tests.
 template <class T, class Use>
 void with_map_similarity_kernel(const MapSimilarityLaunch& launch, Use use) {
-  const auto with = [&](auto traits) { use(map_similarity_tiles<decltype(traits)>, traits); };
+  const auto with = [&](auto traits) {
+    using Traits = decltype(traits);
+    use(map_similarity_tiles<Traits>, Traits::kThreads, sizeof(MapShared<Traits>));
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (launch.tall()) return with_tall_map_kernel<T>(launch.loads, use);
+  }
   const bool large = launch.tile == kLargeMapTile;
   switch (launch.loads) {
     case MapLoads::kRows:

@@ -9,10 +9,12 @@ namespace ccp {
 template <class Shared>
 __device__ __forceinline__ Shared& dynamic_shared() {
 #ifdef __CUDACC__
-  extern __shared__ uint4 dynamic_shared_memory[];
+  extern __shared__ __align__(1024) uint4 dynamic_shared_memory[];  // as wgmma.cuh asks
+  static_assert(alignof(Shared) <= 1024);
   return *reinterpret_cast<Shared*>(dynamic_shared_memory);
 #else
   static Shared shared;
+  emu::dynamic_shared = reinterpret_cast<char*>(&shared);
   return shared;
 #endif
 }

@@ -10,9 +10,10 @@
 // The copies and the matrix units' loads stop at an address that is not aligned to their size;
 // vector loads and stores do under UndefinedBehaviorSanitizer.
 //
-// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory; the matrix units
-// and asynchronous copies as far as csrc/cuda/mma.cuh wraps them. Not emulated: timing, atomics,
-// the memory model between blocks.
+// Emulated: __syncthreads, __syncwarp, __shfl_xor_sync, static __shared__ memory; the matrix units,
+// asynchronous copies and barriers in shared memory as far as csrc/cuda/mma.cuh and wgmma.cuh wrap
+// them. Not emulated: timing, atomics, the memory model between blocks, and that between threads
+// and the products of warpgroups (fence.proxy.async, wgmma.fence).
 #pragma once
 
 #include <ucontext.h>
@@ -93,12 +94,24 @@ inline void release(void*) {}
 
 }  // namespace race_detector
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kAtSharedBarrier, kDone };
 
 struct Copy {
   void* to;
   const void* from;
   size_t bytes, all;  // zeros from `bytes` on
+};
+
+// A product of a warpgroup that has begun.
+struct Product {
+  float* sums;
+  std::function<void(float*)> finish;
+};
+
+// Arrivals of a barrier in shared memory, in its 64 bits.
+struct Arrivals {
+  uint16_t expected, missing;
+  uint32_t phase;
 };
 
 struct Fiber {
@@ -113,6 +126,11 @@ struct Fiber {
   uint64_t offered[4];       // the value that this lane offers to the others of its warp
   std::vector<Copy> copies;  // begun, not yet committed
   std::vector<std::vector<Copy>> pending;  // committed, not yet arrived; oldest first
+  std::vector<Product> products;           // begun, not yet waited for; oldest first
+  std::map<float*, std::vector<float>> sums_before;  // of these products
+  size_t products_begun;
+  const Arrivals* awaited;
+  unsigned awaited_parity;
 
   Fiber() = default;
   Fiber(Fiber&&) = delete;
@@ -132,7 +150,12 @@ struct Block {
   char start, finish;
   char block_barrier[2];
   char warp_barrier[32][2];
+  std::vector<std::array<uint64_t, 2>> operands[8];  // of the products, by warpgroup
 };
+
+constexpr unsigned kWarpgroup = 4 * kWarp;
+constexpr uint32_t kSharedFirst = 1024;  // where a block's shared memory begins
+inline char* dynamic_shared = nullptr;
 
 inline Block* block = nullptr;
 
@@ -158,6 +181,9 @@ EMU_UNCHECKED inline void start_fiber(Fiber& fiber, unsigned index) {
   fiber.warp_barriers_passed = 0;
   fiber.copies.clear();
   fiber.pending.clear();
+  fiber.products.clear();
+  fiber.sums_before.clear();
+  fiber.products_begun = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -186,6 +212,18 @@ EMU_UNCHECKED inline bool release_together(size_t begin, size_t end, State barri
   return true;
 }
 
+// Releases the fibers that wait for phases of barriers in shared memory that have ended.
+EMU_UNCHECKED inline bool release_from_shared_barriers() {
+  bool released = false;
+  for (Fiber& fiber : block->fibers) {
+    if (fiber.state != State::kAtSharedBarrier) continue;
+    if (fiber.awaited->phase % 2 == fiber.awaited_parity) continue;
+    fiber.state = State::kReady;
+    released = true;
+  }
+  return released;
+}
+
 EMU_UNCHECKED inline size_t count(State state) {
   size_t total = 0;
   for (const Fiber& fiber : block->fibers) total += fiber.state == state;
@@ -195,6 +233,7 @@ EMU_UNCHECKED inline size_t count(State state) {
 EMU_UNCHECKED inline void run_block() {
   const size_t threads = block->fibers.size();
   for (size_t i = 0; i < threads; ++i) start_fiber(block->fibers[i], static_cast<unsigned>(i));
+  for (auto& operands : block->operands) operands.clear();
   race_detector::release(&block->start);
   for (;;) {
     resume_ready_fibers();
@@ -202,11 +241,13 @@ EMU_UNCHECKED inline void run_block() {
     bool released = release_together(0, threads, State::kAtBlockBarrier);
     for (size_t warp = 0; warp < threads; warp += kWarp)
       released |= release_together(warp, std::min(warp + kWarp, threads), State::kAtWarpBarrier);
+    released |= release_from_shared_barriers();
     if (!released) {
       throw std::runtime_error(
           "deadlock: of " + std::to_string(threads) + " threads " +
           std::to_string(count(State::kAtBlockBarrier)) + " wait at __syncthreads, " +
-          std::to_string(count(State::kAtWarpBarrier)) + " at a warp barrier, and " +
+          std::to_string(count(State::kAtWarpBarrier)) + " at a warp barrier, " +
+          std::to_string(count(State::kAtSharedBarrier)) + " at one in shared memory, and " +
           std::to_string(count(State::kDone)) + " have finished");
     }
   }
@@ -296,6 +337,70 @@ inline void finish_copies(size_t still_pending) {
     }
     pending.erase(pending.begin());
   }
+}
+
+EMU_UNCHECKED inline void init_barrier(uint64_t* state, unsigned arrivals) {
+  const auto count = static_cast<uint16_t>(arrivals);
+  *reinterpret_cast<Arrivals*>(state) = {count, count, 0};
+}
+
+EMU_UNCHECKED inline void arrive(uint64_t* state) {
+  race_detector::release(state);
+  Arrivals& arrivals = *reinterpret_cast<Arrivals*>(state);
+  if (--arrivals.missing > 0) return;
+  arrivals.missing = arrivals.expected;
+  ++arrivals.phase;
+}
+
+EMU_UNCHECKED inline void wait(uint64_t* state, unsigned parity) {
+  block->running->awaited = reinterpret_cast<const Arrivals*>(state);
+  block->running->awaited_parity = parity;
+  yield(State::kAtSharedBarrier);
+  race_detector::acquire(state);
+}
+
+inline uint32_t shared_address(const void* data) {
+  return static_cast<uint32_t>(static_cast<const char*>(data) - dynamic_shared) + kSharedFirst;
+}
+inline const void* shared_data(uint32_t address) {
+  return dynamic_shared + (address - kSharedFirst);
+}
+
+// Products are made as late as the waiting allows; until then the sums are NaN. A kernel that uses
+// them too early computes NaN, and one that copies over operands still to be read is a data race.
+EMU_UNCHECKED inline void require_same_operands(uint64_t a, uint64_t b) {
+  Fiber* self = block->running;
+  auto& operands = block->operands[self->index / kWarpgroup];
+  const size_t index = self->products_begun++;
+  if (index == operands.size()) operands.push_back({a, b});
+  if (operands[index] != std::array<uint64_t, 2>{a, b})
+    throw std::runtime_error("threads of a warpgroup multiply different matrices");
+}
+
+inline void begin_product(uint64_t a, uint64_t b, float* sums, size_t bytes,
+                          std::function<void(float*)> finish) {
+  require_same_operands(a, b);
+  Fiber* self = block->running;
+  if (self->sums_before.count(sums) == 0) {
+    self->sums_before[sums].assign(sums, sums + bytes / sizeof *sums);
+    memset(sums, 0xff, bytes);
+  }
+  self->products.push_back({sums, std::move(finish)});
+}
+
+inline void finish_products() {
+  Fiber* self = block->running;
+  for (const auto& [sums, before] : self->sums_before) {
+    for (size_t i = 0; i < before.size(); ++i) {
+      uint32_t bits;
+      memcpy(&bits, sums + i, sizeof bits);
+      if (bits != 0xffffffffu) throw std::runtime_error("sums were written before their product");
+      sums[i] = before[i];
+    }
+  }
+  for (const Product& product : self->products) product.finish(product.sums);
+  self->sums_before.clear();
+  self->products.clear();
 }
 
 }  // namespace emu

@@ -34,24 +34,29 @@ std::vector<T> centred_maps(const MapSimilarityParams& params, ccp::MapSide side
   return maps;
 }
 
-constexpr int64_t kSharedBytes = 227 << 10;  // of a block on an H200
+constexpr ccp::MapDevice kDevice{227 << 10, false};
 
-// By the launch arithmetic, or with large tiles and the samples in `large_parts` parts.
+enum class Tiles { kPlanned, kLarge, kTall };
+
+// By the launch arithmetic, or with tiles of this size and the samples in `parts` parts.
 template <class T>
-ccp::MapSimilarityLaunch plan(const MapSimilarityParams& params, int large_parts) {
-  if (large_parts == 0) return ccp::plan_map_similarity(params, sizeof(T), kSharedBytes);
+ccp::MapSimilarityLaunch plan(const MapSimilarityParams& params, Tiles tiles, int parts) {
+  if (tiles == Tiles::kPlanned) return ccp::plan_map_similarity(params, sizeof(T), kDevice);
   const int64_t samples = params.maps.layout.sample.size;
-  return ccp::plan_map_similarity(params, sizeof(T), ccp::map_tiles(ccp::kLargeMapTile, params),
-                                  {large_parts, ccp::ceil_div(samples, large_parts)});
+  return ccp::plan_map_similarity(params, sizeof(T),
+                                  tiles == Tiles::kTall
+                                      ? ccp::tall_map_tiles(params)
+                                      : ccp::map_tiles(ccp::kLargeMapTile, params),
+                                  {parts, ccp::ceil_div(samples, parts)});
 }
 
 // What the launcher does, with emulated launches.
 template <class T>
-void run(MapSimilarityParams params, int large_parts, unsigned seed) {
+void run(MapSimilarityParams params, Tiles tiles, int parts, unsigned seed) {
   const auto x_terms = moments<T>(params, ccp::left_side(params), seed);
   const auto y_terms =
       params.symmetric ? x_terms : moments<T>(params, ccp::right_side(params), seed);
-  const ccp::MapSimilarityLaunch launch = plan<T>(params, large_parts);
+  const ccp::MapSimilarityLaunch launch = plan<T>(params, tiles, parts);
   std::vector<T> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(params, ccp::left_side(params), x_terms, seed);
@@ -59,27 +64,27 @@ void run(MapSimilarityParams params, int large_parts, unsigned seed) {
     params = ccp::packed_maps(params, x_maps.data(),
                               params.symmetric ? x_maps.data() : y_maps.data(), sizeof(T));
   }
-  auto partial = testing::unwritten<float>(launch.blocks * launch.tile * launch.tile);
-  ccp::with_map_similarity_kernel<T>(launch, [&](auto kernel, auto traits) {
-    const unsigned grid = seed % 2 == 0 ? std::min(launch.grid, 2u) : launch.grid;
-    emu::launch(grid, decltype(traits)::kThreads, seed, kernel, params, launch, x_terms.data(),
-                y_terms.data(), partial.data());
+  auto partial = testing::unwritten<float>(launch.blocks * launch.rows * launch.tile);
+  ccp::with_map_similarity_kernel<T>(launch, [&](auto kernel, int threads, int) {
+    const bool all = launch.tall() || seed % 2 != 0;  // the blocks of threads that there may be
+    emu::launch(all ? launch.grid : std::min(launch.grid, 2u), threads, seed, kernel, params,
+                launch, x_terms.data(), y_terms.data(), partial.data());
   });
   emu::launch(2, ccp::kBlockThreads, seed, ccp::mean_of_map_parts<>, params, launch,
               static_cast<const float*>(partial.data()));
 }
 
 template <class T>
-void check(const MapCase& test, int large_parts, unsigned seed) {
-  testing::check_map_similarity<T, float>(
-      test, 2e-6, [&](const MapSimilarityParams& params) { run<T>(params, large_parts, seed); });
+void check(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
+  testing::check_map_similarity<T, float>(test, 2e-6, [&](const MapSimilarityParams& params) {
+    run<T>(params, tiles, parts, seed);
+  });
 }
 
-void check_all(const MapCase& test, int large_parts, unsigned seed) {
-  check<float>(test, large_parts, seed);
-  check<ccp::BFloat16>(test, large_parts, seed);
+void check_16_bits(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
+  check<ccp::BFloat16>(test, tiles, parts, seed);
 #ifdef EMU_ALL_DTYPES
-  check<ccp::Half>(test, large_parts, seed);
+  check<ccp::Half>(test, tiles, parts, seed);
 #endif
 }
 
@@ -157,15 +162,21 @@ int main(int argc, char** argv) {
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
   check_banks_of<float>();
   check_banks_of<ccp::BFloat16>();
-  for (int seed = 0; seed < schedules; ++seed)
-    for (const MapCase& test : testing::map_similarity_cases()) check_all(test, 0, seed);
-  for (const LargeCase& large : large_cases()) check_all(large.test, large.parts, schedules - 1);
-  check<ccp::BFloat16>({"large tiles, 28x28 maps",
-                        {1, 65, 784},
-                        {50960, 784, 1},
-                        {50960, 784, 1},
-                        true,
-                        ccp::SimilarityKind::kSsim},
-                       1, schedules - 1);
+  for (int seed = 0; seed < schedules; ++seed) {
+    for (const MapCase& test : testing::map_similarity_cases()) {
+      check<float>(test, Tiles::kPlanned, 0, seed);
+      check_16_bits(test, Tiles::kPlanned, 0, seed);
+    }
+  }
+  const unsigned seed = schedules - 1;
+  for (const LargeCase& large : large_cases()) {
+    check<float>(large.test, Tiles::kLarge, large.parts, seed);
+    check_16_bits(large.test, Tiles::kLarge, large.parts, seed);
+    check_16_bits(large.test, Tiles::kTall, large.parts, seed);
+  }
+  const MapCase longest{"large tiles, 28x28 maps", {1, 65, 784},  {50960, 784, 1},
+                        {50960, 784, 1},           true,          ccp::SimilarityKind::kSsim};
+  check<ccp::BFloat16>(longest, Tiles::kLarge, 1, seed);
+  check<ccp::BFloat16>(longest, Tiles::kTall, 1, seed);
   return testing::report();
 }
