@@ -14,7 +14,7 @@ __device__ __forceinline__ Shared& dynamic_shared() {
   return *reinterpret_cast<Shared*>(dynamic_shared_memory);
 #else
   static Shared shared;
-  emu::dynamic_shared = reinterpret_cast<char*>(&shared);
+  emu::use_dynamic_shared(&shared);
   return shared;
 #endif
 }

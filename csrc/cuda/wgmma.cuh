@@ -119,8 +119,6 @@ __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-#ifdef CCP_WARPGROUP_PRODUCTS
-
 #define CCP_FRAGMENT(f) "+f"(c[f][0]), "+f"(c[f][1]), "+f"(c[f][2]), "+f"(c[f][3])
 #define CCP_FRAGMENTS(f) CCP_FRAGMENT(f), CCP_FRAGMENT(f + 1), CCP_FRAGMENT(f + 2), CCP_FRAGMENT(f + 3)
 #define CCP_PRODUCT(types, transposed)                                                     \
@@ -176,8 +174,6 @@ __device__ __forceinline__ void wait_for_products(ProductSums (&c)[kBlocks]) {
 #pragma unroll
       for (float& sum : fragment) asm volatile("" : "+f"(sum)::"memory");
 }
-
-#endif
 
 #else  // in the emulator
 

@@ -150,7 +150,8 @@ struct Block {
   char start, finish;
   char block_barrier[2];
   char warp_barrier[32][2];
-  std::vector<std::array<uint64_t, 2>> operands[8];  // of the products, by warpgroup
+  uint64_t operands[8][64][2];  // of the latest products, by warpgroup
+  size_t products_begun[8];     // by any thread of the warpgroup
 };
 
 constexpr unsigned kWarpgroup = 4 * kWarp;
@@ -233,7 +234,7 @@ EMU_UNCHECKED inline size_t count(State state) {
 EMU_UNCHECKED inline void run_block() {
   const size_t threads = block->fibers.size();
   for (size_t i = 0; i < threads; ++i) start_fiber(block->fibers[i], static_cast<unsigned>(i));
-  for (auto& operands : block->operands) operands.clear();
+  for (size_t& begun : block->products_begun) begun = 0;
   race_detector::release(&block->start);
   for (;;) {
     resume_ready_fibers();
@@ -359,6 +360,11 @@ EMU_UNCHECKED inline void wait(uint64_t* state, unsigned parity) {
   race_detector::acquire(state);
 }
 
+// Every thread of a block names the same.
+EMU_UNCHECKED inline void use_dynamic_shared(void* data) {
+  dynamic_shared = static_cast<char*>(data);
+}
+
 inline uint32_t shared_address(const void* data) {
   return static_cast<uint32_t>(static_cast<const char*>(data) - dynamic_shared) + kSharedFirst;
 }
@@ -370,10 +376,15 @@ inline const void* shared_data(uint32_t address) {
 // them too early computes NaN, and one that copies over operands still to be read is a data race.
 EMU_UNCHECKED inline void require_same_operands(uint64_t a, uint64_t b) {
   Fiber* self = block->running;
-  auto& operands = block->operands[self->index / kWarpgroup];
-  const size_t index = self->products_begun++;
-  if (index == operands.size()) operands.push_back({a, b});
-  if (operands[index] != std::array<uint64_t, 2>{a, b})
+  const size_t warpgroup = self->index / kWarpgroup, index = self->products_begun++;
+  size_t& begun = block->products_begun[warpgroup];
+  uint64_t* operands = block->operands[warpgroup][index % 64];
+  if (index == begun) {
+    ++begun;
+    operands[0] = a;
+    operands[1] = b;
+  }
+  if (begun - index > 64 || operands[0] != a || operands[1] != b)
     throw std::runtime_error("threads of a warpgroup multiply different matrices");
 }
 

@@ -128,6 +128,50 @@ std::vector<LargeCase> large_cases() {
   };
 }
 
+// Tall tiles: three blocks of columns, so that tiles meet the diagonal in either block of rows.
+std::vector<LargeCase> tall_cases() {
+  using ccp::SimilarityKind;
+  const auto ssim = SimilarityKind::kSsim, mse = SimilarityKind::kMse;
+  const auto psnr = SimilarityKind::kPsnr, cosine = SimilarityKind::kCosine;
+  const auto pearson = SimilarityKind::kPearson;
+  return {
+      {{"tall tiles, rows", {2, 300, 40}, {12000, 40, 1}, {12000, 40, 1}, true, ssim}, 2},
+      {{"tall tiles, odd rows", {7, 140, 35}, {4900, 35, 1}, {4900, 35, 1}, true, mse}, 1},
+      {{"tall tiles, rows against odd slices",
+        {1, 290, 24},
+        {6960, 24, 1},
+        {8990, 31, 1},
+        false,
+        psnr},
+       1},
+      {{"tall tiles, rows with a large mean",
+        {2, 136, 72},
+        {9792, 72, 1},
+        {9792, 72, 1},
+        true,
+        pearson,
+        100},
+       1},
+      {{"tall tiles, channels last", {2, 296, 36}, {10656, 1, 296}, {10656, 1, 296}, true, cosine},
+       1},
+      {{"tall tiles, channels last with a large mean",
+        {3, 136, 70},
+        {9520, 1, 136},
+        {9520, 1, 136},
+        true,
+        ssim,
+        100},
+       1},
+      {{"tall tiles, channels last against slices of channels last",
+        {1, 264, 33},
+        {8712, 1, 264},
+        {8976, 1, 272},
+        false,
+        mse},
+       1},
+  };
+}
+
 template <class Traits>
 void check_banks() {
   alignas(128) static unsigned char
@@ -174,6 +218,7 @@ int main(int argc, char** argv) {
     check_16_bits(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kTall, large.parts, seed);
   }
+  for (const LargeCase& tall : tall_cases()) check_16_bits(tall.test, Tiles::kTall, tall.parts, seed);
   const MapCase longest{"large tiles, 28x28 maps", {1, 65, 784},  {50960, 784, 1},
                         {50960, 784, 1},           true,          ccp::SimilarityKind::kSsim};
   check<ccp::BFloat16>(longest, Tiles::kLarge, 1, seed);
