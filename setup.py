@@ -114,6 +114,23 @@ def architectures(env: Mapping[str, str]) -> tuple[str, ...]:
     return names
 
 
+def gencode_flags(names: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for architectures, as ``architectures`` gives them.
+
+    9.0 is compiled for sm_90a, which has the matrix products of warpgroups; every GPU of compute
+    capability 9.0 runs that. PTX for 9.0a no other GPU would, so that 9.0+PTX has plain PTX.
+    """
+    flags = []
+    for name in names:
+        number, plus, _ = name.partition("+")
+        machine = number.replace(".", "")
+        target = "90a" if machine == "90" else machine
+        flags.append(f"-gencode=arch=compute_{target},code=sm_{target}")
+        if plus:
+            flags.append(f"-gencode=arch=compute_{machine},code=compute_{machine}")
+    return list(dict.fromkeys(flags))
+
+
 def major(version: str) -> str:
     return version.split(".")[0]
 
@@ -186,7 +203,6 @@ def extension_modules(config: BuildConfig) -> list:
     sources = ["csrc/library.cpp", *relative_paths("csrc/cpu/*.cpp")]
     if config.toolkit is not None:
         cpp_extension.CUDA_HOME = str(config.toolkit.home)  # None where torch is a CPU build
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(config.architectures)
         info |= {"NVCC": config.toolkit.version, "GPUS": ",".join(config.architectures)}
         sources += relative_paths("csrc/cuda/*.cu")
         cuda_options = {
@@ -206,6 +222,7 @@ def extension_modules(config: BuildConfig) -> list:
                 "nvcc": [
                     *common_flags,
                     "-Xptxas=-warn-spills",
+                    *gencode_flags(config.architectures),
                     *(f"-Xcompiler={flag}" for flag in host_flags),
                 ],
             },

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from ccp_ext import _C
 from ccp_ext._build import build_info
@@ -140,6 +141,24 @@ def test_architectures_without_the_kernels_instructions_are_refused(
     )
     with pytest.raises(SystemExit, match=re.escape(message)):
         setup.build_config({"TORCH_CUDA_ARCH_LIST": listed}, "13.2", toolkit)
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (("8.0",), [("80", "sm_80")]),
+        (("9.0",), [("90a", "sm_90a")]),
+        (("9.0a", "9.0"), [("90a", "sm_90a")]),
+        (("9.0+PTX",), [("90a", "sm_90a"), ("90", "compute_90")]),
+        (("8.0", "10.0+PTX"), [("80", "sm_80"), ("100", "sm_100"), ("100", "compute_100")]),
+    ],
+)
+def test_capability_9_0_is_compiled_for_sm_90a(
+    setup: ModuleType, names: tuple[str, ...], targets: list[tuple[str, str]]
+) -> None:
+    flags = setup.gencode_flags(names)
+    assert flags == [f"-gencode=arch=compute_{of},code={code}" for of, code in targets]
+    assert cpp_extension._get_cuda_arch_flags(flags) == []  # torch adds none of its own
 
 
 def test_a_build_without_cuda_needs_no_architectures(setup: ModuleType, toolkit: object) -> None:

@@ -16,7 +16,7 @@ CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 MOST_REGISTERS = 128  # so that two blocks of 256 threads fit on a multiprocessor
 MOST_REGISTERS_OF = {
-    "map_similarity.cu": 255,  # one block of 256 threads, or two of 128
+    "map_similarity.cu": 255,  # one block of 256 threads, two of 128, or one of 384 (168 registers)
     "patch_gram.cu": 255,  # one block of 256 threads, or three of 128 (168 registers)
 }
 LONGEST = "map_similarity.cu"  # to compile; begun first, so that the others run beside it
@@ -28,6 +28,12 @@ MATRIX_UNITS = {  # the instructions that a source must have been made into
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
         "cp.async.cg.shared.global",
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16",
+        # Without these, warpgroups' products may read shared memory or sums too early.
+        "fence.proxy.async.shared::cta",
+        "wgmma.fence.sync.aligned",
+        "wgmma.wait_group.sync.aligned 0",
     ],
     "weighted_gram.cu": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -65,6 +71,16 @@ const void* kernels[] = {
 };
 """
 
+# What an H200 runs: 9.0 is compiled so (setup.py).
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+TALL_TILES = """
+#include "csrc/cuda/map_similarity_tall.cuh"
+
+using namespace ccp;
+
+const void* kernel = (const void*)compare_tall_map_tiles<TallMapTraits<Half, MapLoads::kRows>>;
+"""
+
 
 @pytest.fixture(scope="module")
 def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,7 +95,7 @@ def ptxas_reports(build_folder: Path) -> dict[str, str]:
         pytest.skip("nvcc was not found")
 
     def compile(source: Path) -> str:
-        target = ["-std=c++17", "-O3", "-arch=sm_90", "-Xptxas=-v"]
+        target = ["-std=c++17", "-O3", HOPPER, "-Xptxas=-v"]
         target += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
         includes = [f"-I{path}" for path in (ROOT, *include_paths())]
         output = build_folder / f"{source.stem}.o"
@@ -127,7 +143,29 @@ def test_no_kernel_uses_too_many_registers(ptxas_reports: dict[str, str], source
 
 @pytest.mark.parametrize("source", [source.name for source in SOURCES])
 def test_nothing_to_warn_of(ptxas_reports: dict[str, str], source: str) -> None:
-    assert "warning" not in ptxas_reports[source]
+    # ptxas tells so where it makes the products of warpgroups wait for each other.
+    report = ptxas_reports[source]
+    assert "warning" not in report and "Potential Performance Loss" not in report
+
+
+@pytest.mark.parametrize(
+    ("architecture", "threads", "multiplies"),
+    [("compute_90a", 384, True), ("compute_90", 32, False), ("compute_100", 32, False)],
+)
+def test_the_host_sees_where_tall_tiles_were_compiled(
+    tmp_path: Path, architecture: str, threads: int, multiplies: bool
+) -> None:
+    """By the kernel's largest block: the launcher asks for maxThreadsPerBlock."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    source, ptx = tmp_path / "tall.cu", tmp_path / "tall.ptx"
+    source.write_text(TALL_TILES, encoding="utf-8")
+    command = [nvcc, "-std=c++17", f"-arch={architecture}", f"-I{ROOT}", "-ptx", str(source)]
+    subprocess.run([*command, "-o", str(ptx)], check=True)
+    text = ptx.read_text(encoding="utf-8")
+    assert f".maxntid {threads}" in text
+    assert ("wgmma.mma_async" in text) == multiplies
 
 
 @pytest.mark.usefixtures("ptxas_reports")

@@ -90,26 +90,37 @@ struct MapTiles {
   int rows, tile;  // maps of a tile: rows, columns
   int64_t side;    // tiles side by side in the result
   int64_t count;   // of the result, or of its upper triangle
-  int64_t loaded;  // maps that all of these load, a diagonal one its rows only
+  int64_t loaded;  // maps that all of these load, those on the diagonal their rows only
+  int64_t most;    // that one of them loads
 };
 
 inline MapTiles map_tiles(int tile, const MapSimilarityParams& params) {
   const int64_t channels = params.maps.layout.channel.size, side = ceil_div(channels, tile);
   const int64_t count = params.symmetric ? side * (side + 1) / 2 : side * side;
-  return {tile, tile, side, count, (params.symmetric ? 1 : 2) * channels * side};
+  const int64_t panels = params.symmetric ? 1 : 2;
+  return {tile,
+          tile,
+          side,
+          count,
+          panels * channels * side,
+          std::min<int64_t>(tile, channels) * (side > 1 ? 2 : panels)};
 }
 
 inline MapTiles tall_map_tiles(const MapSimilarityParams& params) {
-  constexpr int kTile = kLargeMapTile;
+  constexpr int64_t kTile = kLargeMapTile;
   const int64_t channels = params.maps.layout.channel.size, side = ceil_div(channels, kTile);
-  const int64_t high = ceil_div(side, 2);
-  if (!params.symmetric) return {2 * kTile, kTile, side, high * side, channels * (side + high)};
-  MapTiles tiles{2 * kTile, kTile, side, 0, 0};
+  MapTiles tiles{2 * kTile, kTile, side, 0, 0, 0};
   for (int64_t column = 0; column < side; ++column) {
-    const int64_t above = column / 2;  // the diagonal tile
-    tiles.count += above + 1;
-    tiles.loaded += std::min<int64_t>((column + 1) * kTile, channels) +
-                    above * std::min<int64_t>(kTile, channels - column * kTile);
+    const int64_t last_row = params.symmetric ? column : side - 1;
+    const int64_t columns = std::min(kTile, channels - column * kTile);
+    for (int64_t row = 0; row <= last_row; row += 2) {
+      const bool diagonal = params.symmetric && row + 2 > column;
+      const int64_t end = std::min((std::min(row + 1, last_row) + 1) * kTile, channels);
+      const int64_t loaded = end - row * kTile + (diagonal ? 0 : columns);
+      ++tiles.count;
+      tiles.loaded += loaded;
+      tiles.most = std::max(tiles.most, loaded);
+    }
   }
   return tiles;
 }
@@ -119,13 +130,9 @@ inline MapTiles tall_map_tiles(const MapSimilarityParams& params) {
 inline MapSplit split_map_samples(const MapTiles& tiles, const MapSimilarityParams& params,
                                   int element_size) {
   const int64_t samples = params.maps.layout.sample.size;
-  const int64_t channels = params.maps.layout.channel.size;
   const int64_t stages = ceil_div(params.maps.layout.positions * element_size, kMapRowBytes);
-  const bool alone = params.symmetric && tiles.count == 1;  // the tile, and so on the diagonal
   const double average = static_cast<double>(tiles.loaded) / tiles.count;
-  const double most =
-      static_cast<double>(std::min<int64_t>(tiles.rows, channels) +
-                          (alone ? 0 : std::min<int64_t>(tiles.tile, channels)));
+  const double most = static_cast<double>(tiles.most);
   const double more = static_cast<double>(kMapBlockStages * tiles.rows);
   const int64_t at_once = kMultiprocessors * map_blocks_at_once(tiles.tile);
   const int64_t least = ceil_div(tiles.count, at_once);
@@ -181,14 +188,13 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   MapSplit split = split_map_samples(tiles, params, element_size);
   const auto consider = [&](const MapTiles& others) {
     const MapSplit other = split_map_samples(others, params, element_size);
-    if (other.time > split.time || (other.time == split.time && others.rows == tiles.rows)) return;
+    if (other.time >= split.time) return;
     tiles = others;
     split = other;
   };
   if (map_shared_bytes(kLargeMapTile) <= device.shared_bytes)
     consider(map_tiles(kLargeMapTile, params));
-  if (device.tall_tiles && element_size == 2 &&
-      params.maps.layout.positions <= kMostTallPositions)
+  if (device.tall_tiles && element_size == 2 && params.maps.layout.positions <= kMostTallPositions)
     consider(tall_map_tiles(params));
   return plan_map_similarity(params, element_size, tiles, split.split);
 }

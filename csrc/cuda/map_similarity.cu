@@ -45,8 +45,8 @@ Tensor centred_maps(const Tensor& x, const MapSimilarityParams& params, MapSide 
 template <class T>
 MapDevice map_device(int32_t index) {
   int shared_bytes = 0;
-  check_cuda("map_similarity", cudaDeviceGetAttribute(
-                                   &shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check_cuda("map_similarity",
+             cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   MapDevice device{shared_bytes, false};
   if constexpr (sizeof(T) == 2) {
     // What was compiled for other architectures than sm_90a has no kernel of tall tiles in it. What

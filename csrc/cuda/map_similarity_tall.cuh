@@ -9,8 +9,8 @@
 // A thread's sums, 128, fill half of its registers; of its totals over the samples, as many, half
 // lie in registers and half in shared memory, where the thread alone uses them.
 //
-// A tile is two blocks of rows by one of columns, of 128 maps each. Where a block of rows is that of
-// the columns (the diagonal), it is loaded once; a block of rows below the diagonal is left out.
+// A tile is two blocks of rows by one of columns, of 128 maps each. Where a block of rows is that
+// of the columns (the diagonal), it is loaded once; a block of rows below the diagonal is left out.
 #pragma once
 
 #include "csrc/cuda/map_launch.h"
@@ -263,8 +263,8 @@ class TallMapLoader {
       Values centred{};
 #pragma unroll
       for (int e = 0; e < kUnit; ++e)
-        centred.put(e, narrow<T>(values.value(e) -
-                                 terms[map_of(i) + (Traits::kByPosition ? e : 0)].shift));
+        centred.put(
+            e, narrow<T>(values.value(e) - terms[map_of(i) + (Traits::kByPosition ? e : 0)].shift));
       store_unit(centred, address);
     }
   }
@@ -282,10 +282,10 @@ class TallMapLoader {
 // begun.
 template <class Traits>
 __device__ __forceinline__ void load_maps(const MapSimilarityParams& params,
-                                               const MapSimilarityLaunch& launch,
-                                               const MapTerms<float>* x_terms,
-                                               const MapTerms<float>* y_terms,
-                                               TallMapShared<Traits>& shared) {
+                                          const MapSimilarityLaunch& launch,
+                                          const MapTerms<float>* x_terms,
+                                          const MapTerms<float>* y_terms,
+                                          TallMapShared<Traits>& shared) {
   const TallMapTask task = tall_map_task<Traits>(params, launch);
   TallMapLoader<Traits> loader(params, launch, task, x_terms, y_terms, shared);
   constexpr int kBehind = 2;
@@ -369,8 +369,8 @@ __device__ __forceinline__ void add_similarities(
   terms += Traits::kColumns * Traits::kBlock + tall_column(thread);
 #pragma unroll
   for (int f = 0; f < Traits::kFragments; ++f) {
-    // Every other fragment: the compiler postpones no addition beyond a branch, and so has registers
-    // for what it keeps.
+    // Every other fragment: the compiler postpones no addition beyond a branch, and so has
+    // registers for what it keeps.
     if (f % 2 == 0 && 8 * f >= columns) break;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -415,8 +415,7 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
   if (threadIdx.x < kBlock) shared.self[threadIdx.x] = 0;
   if constexpr (kBlocks == 2) {
 #pragma unroll
-    for (auto& fragment : shared.totals)
-      fragment[0][threadIdx.x] = fragment[1][threadIdx.x] = {};
+    for (auto& fragment : shared.totals) fragment[0][threadIdx.x] = fragment[1][threadIdx.x] = {};
   }
   MapCursor at;
   RingPlace ring;
@@ -430,8 +429,8 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
       const MapTerms<float>* terms = shared.terms[at.sample % kTallMapStages];
       with_kind(params.kind, [&](auto kind) {
         constexpr SimilarityKind kKind = decltype(kind)::value;
-        add_similarities<kKind, Traits>(terms, task.maps[Traits::kColumns], launch.per_position, sums, totals,
-                                       shared.totals);
+        add_similarities<kKind, Traits>(terms, task.maps[Traits::kColumns], launch.per_position,
+                                        sums, totals, shared.totals);
         const unsigned thread = fresh_thread();
         if (thread < kBlock)
           shared.self[thread] += self_similarity<kKind>(terms[Traits::kColumns * kBlock + thread]);
@@ -446,9 +445,8 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
   const unsigned thread = fresh_thread();
   write_totals(out, thread, task.diagonal == 0, [&](int f, int i) { return totals[f][i]; });
   if constexpr (kBlocks == 2)
-    write_totals(out + kBlock * kBlock, thread, task.diagonal == 1, [&](int f, int i) {
-      return shared.totals[f][i % 2][thread].row[i / 2];
-    });
+    write_totals(out + kBlock * kBlock, thread, task.diagonal == 1,
+                 [&](int f, int i) { return shared.totals[f][i % 2][thread].row[i / 2]; });
   if (task.diagonal >= 0 && thread < kBlock)
     out[(task.diagonal * kBlock + thread) * kBlock + thread] = shared.self[thread];
 }
@@ -466,9 +464,9 @@ __device__ __forceinline__ void compare_maps(const MapSimilarityParams& params,
   }
 }
 
-// Writes partial[block][256][128], the sums over the task's samples. What lies below the diagonal or
-// outside the result may be left unwritten. A launch is possible only where maxThreadsPerBlock, of
-// the code that the device has loaded, is kThreads.
+// Writes partial[block][256][128], the sums over the task's samples. What lies below the diagonal
+// or outside the result may be left unwritten. A launch is possible only where maxThreadsPerBlock,
+// of the code that the device has loaded, is kThreads.
 template <class Traits>
 __global__ void __launch_bounds__(kWarpgroupProducts ? Traits::kThreads : 32, 1)
     compare_tall_map_tiles(MapSimilarityParams params, MapSimilarityLaunch launch,

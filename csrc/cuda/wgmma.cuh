@@ -5,8 +5,8 @@
 //
 // An operand lies in panels of rows of 64 or 128 bytes in shared memory, in one of two ways:
 //   rows of depths: row r has depths of row r of A, or of column r of B;
-//   rows of maps, that is of rows of A or columns of B: row k has 64 of them at depth k; the next 64
-//   lie in a panel of their own.
+//   rows of maps, that is of rows of A or columns of B: row k has 64 of them at depth k; the next
+//   64 lie in a panel of their own.
 // Its units of 16 bytes are mixed (swizzled), so that rows of a unit lie on different memory banks;
 // panels begin where the mixture does, at multiples of 8 rows' bytes.
 // C, 64 x 128, is spread over the warpgroup: with w the warp of four, g = lane / 4, t = lane % 4,
@@ -29,10 +29,10 @@ constexpr bool kWarpgroupProducts = true;
 constexpr bool kWarpgroupProducts = false;
 #endif
 
-constexpr int kWarpgroup = 128;           // threads
-constexpr int kProductRows = 64;          // of A
-constexpr int kProductColumns = 128;      // of B
-constexpr int kProductDepth = 16;         // of one product
+constexpr int kWarpgroup = 128;       // threads
+constexpr int kProductRows = 64;      // of A
+constexpr int kProductColumns = 128;  // of B
+constexpr int kProductDepth = 16;     // of one product
 
 // One warpgroup's C.
 using ProductSums = float[kProductColumns / 8][4];
@@ -120,22 +120,23 @@ __device__ __forceinline__ void claim_registers() {
 }
 
 #define CCP_FRAGMENT(f) "+f"(c[f][0]), "+f"(c[f][1]), "+f"(c[f][2]), "+f"(c[f][3])
-#define CCP_FRAGMENTS(f) CCP_FRAGMENT(f), CCP_FRAGMENT(f + 1), CCP_FRAGMENT(f + 2), CCP_FRAGMENT(f + 3)
-#define CCP_PRODUCT(types, transposed)                                                     \
-  asm volatile(                                                                            \
-      "{.reg .pred add; setp.ne.u32 add, %66, 0;\n"                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                 \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "   \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "  \
-      "%64, %65, add, 1, 1, " transposed ", " transposed ";}"                              \
-      : CCP_FRAGMENTS(0), CCP_FRAGMENTS(4), CCP_FRAGMENTS(8), CCP_FRAGMENTS(12)            \
-      : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<uint32_t>(add))              \
+#define CCP_FRAGMENTS(f) \
+  CCP_FRAGMENT(f), CCP_FRAGMENT(f + 1), CCP_FRAGMENT(f + 2), CCP_FRAGMENT(f + 3)
+#define CCP_PRODUCT(types, transposed)                                                    \
+  asm volatile(                                                                           \
+      "{.reg .pred add; setp.ne.u32 add, %66, 0;\n"                                       \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+      "%64, %65, add, 1, 1, " transposed ", " transposed ";}"                             \
+      : CCP_FRAGMENTS(0), CCP_FRAGMENTS(4), CCP_FRAGMENTS(8), CCP_FRAGMENTS(12)           \
+      : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<uint32_t>(add))             \
       : "memory")
 
-// Begins C += A * B, or C = A * B unless `add`, with float32 accumulation. A is 64 x 16, B 16 x 128.
-// C is in use, and must not be touched, until wait_for_products; A and B likewise.
+// Begins C += A * B, or C = A * B unless `add`, with float32 accumulation. A is 64 x 16, B 16 x
+// 128. C is in use, and must not be touched, until wait_for_products; A and B likewise.
 template <class T, PanelRows kRows, int kRowBytes>
 __device__ __forceinline__ void multiply_async(ProductSums& c, MatrixOperand a, MatrixOperand b,
                                                bool add) {

@@ -125,8 +125,8 @@ struct Fiber {
   unsigned warp_barriers_passed;
   uint64_t offered[4];       // the value that this lane offers to the others of its warp
   std::vector<Copy> copies;  // begun, not yet committed
-  std::vector<std::vector<Copy>> pending;  // committed, not yet arrived; oldest first
-  std::vector<Product> products;           // begun, not yet waited for; oldest first
+  std::vector<std::vector<Copy>> pending;            // committed, not yet arrived; oldest first
+  std::vector<Product> products;                     // begun, not yet waited for; oldest first
   std::map<float*, std::vector<float>> sums_before;  // of these products
   size_t products_begun;
   const Arrivals* awaited;

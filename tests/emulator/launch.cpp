@@ -1,6 +1,9 @@
 // The launch arithmetic, the layouts' classification and the numbering of tiles; no kernel runs.
 #include "csrc/cuda/launch.h"
 
+#include <set>
+#include <utility>
+
 #include "csrc/cuda/correlation_launch.h"
 #include "csrc/cuda/gram_launch.h"
 #include "csrc/cuda/map_launch.h"
@@ -434,9 +437,12 @@ ccp::MapSimilarityParams similarity_of_maps(int64_t samples, int64_t channels, i
   return params;
 }
 
+constexpr ccp::MapDevice kWithoutTallTiles{227 << 10, false}, kHopper{227 << 10, true};
+
 ccp::MapSimilarityLaunch plan_maps(const ccp::MapSimilarityParams& params,
-                                   int64_t shared_bytes = 227 << 10) {
-  return ccp::plan_map_similarity(params, sizeof(uint16_t), shared_bytes);
+                                   const ccp::MapDevice& device = kWithoutTallTiles,
+                                   int element_size = sizeof(uint16_t)) {
+  return ccp::plan_map_similarity(params, element_size, device);
 }
 
 void test_map_tiles() {
@@ -460,9 +466,67 @@ void test_map_tiles() {
       expect("large tiles where the GPU's tests expect them",
              tile(shape[0], shape[1], shape[2], symmetric) == 128);
   expect("small tiles on GPUs with less shared memory",
-         plan_maps(similarity_of_maps(256, 512, 784), 99 << 10).tile == 64);
+         plan_maps(similarity_of_maps(256, 512, 784), {99 << 10, false}).tile == 64);
   expect("small tiles where large ones would leave multiprocessors idle",
          tile(8, 256, 784) == 64 && tile(1, 1024, 784) == 64);
+}
+
+void test_tall_tiles() {
+  const auto rows = [](int64_t samples, int64_t channels, int64_t positions, bool symmetric = true,
+                       bool channels_last = false, int element_size = 2) {
+    return plan_maps(similarity_of_maps(samples, channels, positions, symmetric, channels_last),
+                     kHopper, element_size)
+        .rows;
+  };
+  for (const bool symmetric : {true, false}) {
+    for (const bool channels_last : {true, false}) {
+      for (const int64_t channels : {256, 512, 1024, 2048})
+        expect("tall tiles for 28x28 maps, " + std::to_string(channels) + " channels",
+               rows(256, channels, 784, symmetric, channels_last) == 256);
+      expect("tall tiles for 7x7 maps", rows(256, 1024, 49, symmetric, channels_last) == 256 &&
+                                            rows(256, 2048, 49, symmetric, channels_last) == 256);
+    }
+  }
+  expect("tall tiles where the GPU's tests expect them",
+         rows(48, 130, 784) == 256 && rows(33, 264, 320) == 256);
+  expect("no tall tiles for one column of them", rows(256, 128, 784) == 128);
+  expect("no tall tiles for float32", rows(256, 512, 784, true, false, 4) == 128);
+  expect("tall tiles for up to 4096 positions",
+         rows(64, 512, 4096) == 256 && rows(64, 512, 4097) == 128);
+  const ccp::MapSimilarityLaunch launch = plan_maps(similarity_of_maps(256, 512, 784), kHopper);
+  expect("stages of 32 positions", launch.chunks == 25 && launch.last_positions == 16);
+  const ccp::MapSimilarityLaunch odd = plan_maps(similarity_of_maps(256, 1024, 49), kHopper);
+  expect("tall tiles have odd rows packed", odd.packed && odd.loads == ccp::MapLoads::kRows);
+}
+
+void test_numbering_of_tall_tiles() {
+  for (int64_t side = 1; side <= 9; ++side) {
+    for (const bool symmetric : {true, false}) {
+      const int64_t channels = side * 128 - 28;
+      const ccp::MapSimilarityParams params = similarity_of_maps(256, channels, 784, symmetric);
+      const ccp::MapTiles tiles = ccp::tall_map_tiles(params);
+      const ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, 2, tiles, {1, 256});
+      std::set<std::pair<int64_t, int64_t>> blocks;  // of 128 x 128 maps
+      int64_t loaded = 0, most = 0;
+      for (int64_t index = 0; index < tiles.count; ++index) {
+        const ccp::TileIndex tile = launch.tile_index(symmetric, index);
+        int64_t maps = std::min<int64_t>(128, channels - tile.column * 128);
+        for (int64_t row = 2 * tile.row; row < 2 * tile.row + 2; ++row) {
+          if (row >= side || (symmetric && row > tile.column)) continue;
+          expect("every block once", blocks.insert({row, tile.column}).second);
+          if (symmetric && row == tile.column) maps = 0;
+        }
+        for (int64_t row = 2 * tile.row; row < 2 * tile.row + 2; ++row)
+          if (row < side && !(symmetric && row > tile.column))
+            maps += std::min<int64_t>(128, channels - row * 128);
+        loaded += maps;
+        most = std::max(most, maps);
+      }
+      const int64_t expected = symmetric ? side * (side + 1) / 2 : side * side;
+      expect("every block", static_cast<int64_t>(blocks.size()) == expected);
+      expect("maps loaded", loaded == tiles.loaded && most == tiles.most);
+    }
+  }
 }
 
 void test_map_split() {
@@ -522,10 +586,9 @@ std::string map_kernel(const std::string& maps) {
   ccp::MapSimilarityParams params{};
   params.maps = {map_data, map_data, nullptr, layout_of(parts[1], parts[2], parts[2])};
   params.symmetric = true;
-  const ccp::MapSimilarityLaunch launch =
-      ccp::plan_map_similarity(params, static_cast<int>(parts[0][0]), 227 << 10);
+  const ccp::MapSimilarityLaunch launch = plan_maps(params, kHopper, static_cast<int>(parts[0][0]));
   const char* const loads[] = {"rows", "unaligned rows", "channels last", "strided"};
-  return std::to_string(launch.tile) + ' ' +
+  return std::to_string(launch.rows) + ' ' +
          (launch.packed ? "packed" : loads[static_cast<int>(launch.loads)]);
 }
 
@@ -535,6 +598,8 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) std::printf("%s\n", map_kernel(argv[i]).c_str());
   if (argc > 1) return 0;
   test_map_tiles();
+  test_tall_tiles();
+  test_numbering_of_tall_tiles();
   test_map_split();
   test_map_loads();
   test_correlations();

@@ -76,9 +76,8 @@ void run(MapSimilarityParams params, Tiles tiles, int parts, unsigned seed) {
 
 template <class T>
 void check(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
-  testing::check_map_similarity<T, float>(test, 2e-6, [&](const MapSimilarityParams& params) {
-    run<T>(params, tiles, parts, seed);
-  });
+  testing::check_map_similarity<T, float>(
+      test, 2e-6, [&](const MapSimilarityParams& params) { run<T>(params, tiles, parts, seed); });
 }
 
 void check_16_bits(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
@@ -218,9 +217,10 @@ int main(int argc, char** argv) {
     check_16_bits(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kTall, large.parts, seed);
   }
-  for (const LargeCase& tall : tall_cases()) check_16_bits(tall.test, Tiles::kTall, tall.parts, seed);
-  const MapCase longest{"large tiles, 28x28 maps", {1, 65, 784},  {50960, 784, 1},
-                        {50960, 784, 1},           true,          ccp::SimilarityKind::kSsim};
+  for (const LargeCase& tall : tall_cases())
+    check_16_bits(tall.test, Tiles::kTall, tall.parts, seed);
+  const MapCase longest{"large tiles, 28x28 maps", {1, 65, 784}, {50960, 784, 1},
+                        {50960, 784, 1},           true,         ccp::SimilarityKind::kSsim};
   check<ccp::BFloat16>(longest, Tiles::kLarge, 1, seed);
   check<ccp::BFloat16>(longest, Tiles::kTall, 1, seed);
   return testing::report();

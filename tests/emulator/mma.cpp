@@ -1,10 +1,14 @@
 // The emulated instructions of mma.cuh. Arguments: number of schedules, and optionally a defect to
 // plant: "early-read" reads what was copied before it has arrived, "drop-barrier" 1 before others
-// have waited for theirs, "misaligned" accesses what its next argument names one element off.
+// have waited for theirs, "misaligned" accesses what its next argument names one element off,
+// "early-sums" writes a warpgroup's sums before their products are made, "other-operands"
+// multiplies other matrices in one warp than in the others.
 #include "cuda_emu.h"
 // After the emulator, whose macros the kernels need.
 #include "csrc/cuda/mma.cuh"
+#include "csrc/cuda/shared.cuh"
 #include "csrc/cuda/vec.cuh"
+#include "csrc/cuda/wgmma.cuh"
 #include "testing.h"
 
 namespace {
@@ -100,6 +104,93 @@ void check_product(const std::string& name, unsigned seed, bool early_read) {
   }
 }
 
+// The operands of warpgroups in panels of rows of kRowBytes. Everything here is written anew, from
+// the layouts' description alone.
+template <class T, ccp::PanelRows kRows, int kRowBytes>
+struct alignas(1024) WarpgroupPanels {
+  static constexpr int kRowElements = kRowBytes / 2;
+  static constexpr int kDepth = kRows == ccp::PanelRows::kDepths ? kRowElements : 48;
+  static constexpr int kMapsBytes = kDepth * kRowBytes;  // of 64 maps in rows of maps
+  T a[64 * kDepth], b[128 * kDepth];
+  ccp::SharedBarrier filled;
+
+  static int place(int map, int depth) {
+    int row = map, element = depth, first = 0;
+    if (kRows == ccp::PanelRows::kMaps) {
+      row = depth;
+      element = map % 64;
+      first = map / 64 * 64 * kDepth;
+    }
+    const int mixture = kRowBytes == 128 ? row % 8 : row / 2 % 4;
+    return first + row * kRowElements + (element / 8 ^ mixture) * 8 + element % 8;
+  }
+};
+
+// C[64, 128] = A * B, and then C += A * B, for A [64][depth] and B transposed, [128][depth].
+template <class T, ccp::PanelRows kRows, int kRowBytes>
+void multiply_by_warpgroup(const T* a, const T* b, bool early, bool others, float* out) {
+  using Panels = WarpgroupPanels<T, kRows, kRowBytes>;
+  auto& shared = ccp::dynamic_shared<Panels>();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) ccp::init_barrier(shared.filled, ccp::kWarpgroup);
+  __syncthreads();
+  for (int i = thread; i < 64 * Panels::kDepth; i += ccp::kWarpgroup)
+    shared.a[Panels::place(i / Panels::kDepth, i % Panels::kDepth)] = a[i];
+  for (int i = thread; i < 128 * Panels::kDepth; i += ccp::kWarpgroup)
+    shared.b[Panels::place(i / Panels::kDepth, i % Panels::kDepth)] = b[i];
+  ccp::show_to_products();
+  ccp::arrive(shared.filled);
+  ccp::wait(shared.filled, 0);
+  const auto operand = [](const T* panel, int step) {
+    const int bytes = kRows == ccp::PanelRows::kDepths ? 32 : 16 * kRowBytes;
+    return ccp::matrix_operand<kRows, kRowBytes>(ccp::shared_address(panel), Panels::kMapsBytes) +
+           step * bytes;
+  };
+  ccp::ProductSums sums[1] = {};
+  for (int round = 0; round < 2; ++round) {
+    for (int step = 0; step < Panels::kDepth / 16; ++step)
+      ccp::multiply_async<T, kRows, kRowBytes>(
+          sums[0], operand(shared.a, step),
+          operand(others && thread < 32 ? shared.a : shared.b, step), round > 0 || step > 0);
+    if (early) sums[0][0][0] = 1;
+    ccp::wait_for_products(sums);
+  }
+  const int warp = thread / 32, lane = thread % 32;
+  for (int f = 0; f < 16; ++f)
+    for (int i = 0; i < 4; ++i)
+      out[(16 * warp + lane / 4 + i / 2 * 8) * 128 + 8 * f + lane % 4 * 2 + i % 2] = sums[0][f][i];
+}
+
+template <class T, ccp::PanelRows kRows, int kRowBytes>
+void check_warpgroup(const std::string& name, unsigned seed, const std::string& defect) {
+  constexpr int kDepth = WarpgroupPanels<T, kRows, kRowBytes>::kDepth;
+  std::mt19937 random(seed);
+  const auto a = testing::random_values<T>(64 * kDepth, random);
+  const auto b = testing::random_values<T>(128 * kDepth, random);
+  auto c = testing::unwritten<float>(64 * 128);
+  emu::launch(1, ccp::kWarpgroup, seed, multiply_by_warpgroup<T, kRows, kRowBytes>, a.data(),
+              b.data(), defect == "early-sums", defect == "other-operands", c.data());
+  for (int m = 0; m < 64; ++m) {
+    for (int n = 0; n < 128; ++n) {
+      double sum = 0, magnitude = 0;
+      for (int k = 0; k < kDepth; ++k) {
+        const double left = ccp::widen(a[m * kDepth + k]), right = ccp::widen(b[n * kDepth + k]);
+        sum += 2 * left * right;
+        magnitude += 2 * std::fabs(left * right);
+      }
+      testing::expect_close(name, m * 128 + n, c[m * 128 + n], sum, magnitude);
+    }
+  }
+}
+
+template <class T>
+void check_warpgroups(const std::string& type, unsigned seed, const std::string& defect) {
+  using ccp::PanelRows;
+  check_warpgroup<T, PanelRows::kDepths, 64>(type + ", rows of 32 depths", seed, defect);
+  check_warpgroup<T, PanelRows::kDepths, 128>(type + ", rows of 64 depths", seed, defect);
+  check_warpgroup<T, PanelRows::kMaps, 128>(type + ", rows of 64 maps", seed, defect);
+}
+
 void copy_some(const float* from, int valid, float* out) {
   __shared__ float to[32];
   ccp::copy_async<4>(&to[threadIdx.x], &from[threadIdx.x], static_cast<int>(threadIdx.x) < valid);
@@ -170,6 +261,10 @@ int main(int argc, char** argv) {
     check_product<float, Loads::kRows>("three TF32 products", seed, early);
     check_product<ccp::BFloat16, Loads::kTransposed>("bfloat16, transposed", seed, early);
     check_product<ccp::Half, Loads::kTransposed>("float16, transposed", seed, early);
+  }
+  for (int seed = 0; seed < schedules; ++seed) {
+    check_warpgroups<ccp::BFloat16>("bfloat16", seed, defect);
+    check_warpgroups<ccp::Half>("float16", seed, defect);
   }
   check_zero_fill();
   check_alignment(defect == "misaligned" ? argv[3] : "");
