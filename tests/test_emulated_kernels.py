@@ -185,6 +185,15 @@ def test_a_missing_barrier_is_reported(run: Run, driver: str, file: str, barrier
     assert raced or "deadlock: of " in finished.stderr
 
 
+@pytest.mark.parametrize(("warpgroup", "wait"), [("0", "1"), ("1", "7"), ("2", "6")])
+def test_a_missing_wait_for_a_stage_is_reported(run: Run, warpgroup: str, wait: str) -> None:
+    """Of those that multiply, for its arrival; of those that copy, for its end."""
+    finished = run("map_similarity", "thread", "1", "drop-wait", warpgroup, wait)
+    assert finished.returncode != 0
+    assert "ThreadSanitizer: data race" in finished.stderr
+    assert "map_similarity_tall.cuh" in finished.stderr
+
+
 def test_a_launch_beyond_the_data_is_reported(run: Run) -> None:
     finished = run("channel_dot", "address", "1", "overrun")
     assert finished.returncode != 0

@@ -9,10 +9,10 @@ namespace ccp {
 
 // A block compares a tile of maps with a tile of maps, by twice as many threads.
 constexpr int kLargeMapTile = 128, kSmallMapTile = 64;
-// Or, of values of 16 bits on Hopper, two such rows of tiles with one column: a tall tile.
 constexpr int kMapStages = 4;      // of the pipeline between global memory and the matrix units
-constexpr int kTallMapStages = 5;  // of that of tall tiles
 constexpr int kMapRowBytes = 128;  // of each map in a stage
+// Tall tiles, for values of 16 bits on Hopper, are two large ones, one above the other.
+constexpr int kTallMapStages = 5;
 constexpr int kTallMapRowBytes = 64;
 
 // Blocks on a multiprocessor: both tiles keep eight warps there.
@@ -23,8 +23,8 @@ constexpr int64_t map_shared_bytes(int tile) {
   return int64_t{kMapStages} * 2 * tile * (kMapRowBytes + sizeof(MapTerms<float>));
 }
 
-// Longest maps of tall tiles. There the matrix units alone sum a map's products, 16 positions at a
-// time, rounding towards zero: at most 256 such roundings.
+// Of the longest maps for tall tiles. There the matrix units alone sum a map's products, 16 at a
+// time, and round each sum towards zero (once, we assume): 256 times at most.
 constexpr int64_t kMostTallPositions = 4096;
 
 // How maps come into shared memory.

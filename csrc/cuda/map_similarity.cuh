@@ -1,4 +1,4 @@
-// The CUDA kernels of map_similarity.
+// The CUDA kernels of map_similarity; that for 16 bits on Hopper is in map_similarity_tall.cuh.
 //
 // A block compares kTile maps with kTile maps, sample after sample. The maps flow through a ring of
 // stages in shared memory, kMapRowBytes of each map to a stage, without a break between samples;

@@ -70,6 +70,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 // Which barrier every thread walks past as if it were missing: 1 is the first that it meets.
 inline unsigned dropped_barrier = 0;
+// The same of one warpgroup's waiting for barriers in shared memory.
+inline unsigned dropped_wait = 0, dropped_wait_warpgroup = 0;
 
 namespace race_detector {
 
@@ -129,6 +131,7 @@ struct Fiber {
   std::vector<Product> products;                     // begun, not yet waited for; oldest first
   std::map<float*, std::vector<float>> sums_before;  // of these products
   size_t products_begun;
+  unsigned waits_met;  // the dropped one included
   const Arrivals* awaited;
   unsigned awaited_parity;
 
@@ -185,6 +188,7 @@ EMU_UNCHECKED inline void start_fiber(Fiber& fiber, unsigned index) {
   fiber.products.clear();
   fiber.sums_before.clear();
   fiber.products_begun = 0;
+  fiber.waits_met = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -354,8 +358,11 @@ EMU_UNCHECKED inline void arrive(uint64_t* state) {
 }
 
 EMU_UNCHECKED inline void wait(uint64_t* state, unsigned parity) {
-  block->running->awaited = reinterpret_cast<const Arrivals*>(state);
-  block->running->awaited_parity = parity;
+  Fiber* self = block->running;
+  if (++self->waits_met == dropped_wait && self->index / kWarpgroup == dropped_wait_warpgroup)
+    return;
+  self->awaited = reinterpret_cast<const Arrivals*>(state);
+  self->awaited_parity = parity;
   yield(State::kAtSharedBarrier);
   race_detector::acquire(state);
 }

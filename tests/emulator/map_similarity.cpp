@@ -1,5 +1,6 @@
 // Arguments: number of schedules, and optionally a defect to plant: "drop-barrier" and which
-// barrier of a kernel (1 is the first).
+// barrier of a kernel (1 is the first), or "drop-wait", a warpgroup of tall tiles and which of its
+// waits for a stage.
 #include "cuda_emu.h"
 // After the emulator, whose macros the kernels need.
 #include "csrc/cuda/map_similarity.cuh"
@@ -171,6 +172,11 @@ std::vector<LargeCase> tall_cases() {
   };
 }
 
+void check_tall(unsigned seed) {
+  for (const LargeCase& tall : tall_cases())
+    check_16_bits(tall.test, Tiles::kTall, tall.parts, seed);
+}
+
 template <class Traits>
 void check_banks() {
   alignas(128) static unsigned char
@@ -203,6 +209,13 @@ void check_banks_of() {
 int main(int argc, char** argv) {
   const int schedules = std::stoi(argv[1]);
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
+  const unsigned seed = schedules - 1;
+  if (argc > 2 && std::string(argv[2]) == "drop-wait") {
+    emu::dropped_wait_warpgroup = std::stoi(argv[3]);
+    emu::dropped_wait = std::stoi(argv[4]);
+    check_tall(seed);
+    return testing::report();
+  }
   check_banks_of<float>();
   check_banks_of<ccp::BFloat16>();
   for (int seed = 0; seed < schedules; ++seed) {
@@ -211,14 +224,12 @@ int main(int argc, char** argv) {
       check_16_bits(test, Tiles::kPlanned, 0, seed);
     }
   }
-  const unsigned seed = schedules - 1;
   for (const LargeCase& large : large_cases()) {
     check<float>(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kTall, large.parts, seed);
   }
-  for (const LargeCase& tall : tall_cases())
-    check_16_bits(tall.test, Tiles::kTall, tall.parts, seed);
+  check_tall(seed);
   const MapCase longest{"large tiles, 28x28 maps", {1, 65, 784}, {50960, 784, 1},
                         {50960, 784, 1},           true,         ccp::SimilarityKind::kSsim};
   check<ccp::BFloat16>(longest, Tiles::kLarge, 1, seed);
