@@ -105,7 +105,8 @@ __device__ __forceinline__ MapTask map_task(const MapSimilarityParams& params,
           at_most(layout.sample.size - first, launch.split.length)};
 }
 
-// One thread's part of filling the stages of a task, one after the other.
+// One thread's part of filling the stages of a task, one after the other. Stages are counted on and
+// on; a stage's place in the ring is its number % kMapStages.
 template <class Traits>
 class MapLoader {
  public:

@@ -42,7 +42,7 @@ struct TallMapTraits {
   static_assert(kBlock == kProductColumns);
 };
 
-// A thread's totals of one column of a fragment.
+// A thread's totals in one column of a fragment.
 struct alignas(8) ColumnTotals {
   float row[2];
 };
@@ -51,7 +51,8 @@ template <class Traits>
 struct alignas(1024) TallMapShared {
   unsigned char panel[kTallMapStages][Traits::kPanels][Traits::kPanelBytes];
   ColumnTotals totals[Traits::kFragments][2][Traits::kSumThreads];  // of the second block of rows
-  MapTerms<float> terms[kTallMapStages][Traits::kPanels * Traits::kBlock];  // of a sample
+  // Of a sample; they come with its first stage, and are used before its last is used up.
+  MapTerms<float> terms[kTallMapStages][Traits::kPanels * Traits::kBlock];
   float self[Traits::kBlock];  // totals of the columns' similarity to themselves
   SharedBarrier arrived[kTallMapStages], used[kTallMapStages];
 };
@@ -91,8 +92,7 @@ __device__ __forceinline__ TallMapTask tall_map_task(const MapSimilarityParams& 
   return task;
 }
 
-// Where in the samples of a task a stage lies. Stages are counted on and on; a stage's place in the
-// ring is its number % kMapStages.
+// Where in the samples of a task a stage lies.
 struct MapCursor {
   int sample = 0, chunk = 0;
 
@@ -473,6 +473,7 @@ __global__ void __launch_bounds__(kWarpgroupProducts ? Traits::kThreads : 32, 1)
                            const MapTerms<float>* x_terms, const MapTerms<float>* y_terms,
                            float* partial) {
 #ifdef CCP_WARPGROUP_PRODUCTS
+  static_assert(sizeof(TallMapShared<Traits>) <= 227 << 10);  // what a block may have there
   auto& shared = dynamic_shared<TallMapShared<Traits>>();
   if (threadIdx.x < kTallMapStages) {
     init_barrier(shared.arrived[threadIdx.x], kWarpgroup);
