@@ -538,7 +538,7 @@ def test_growth_is_fitted_at_the_largest_sizes() -> None:
 
 def test_our_operators_are_right_on_odd_sizes(device: str, capsys) -> None:
     check.main(["--device", device])
-    assert capsys.readouterr().out == "100 results of 'ours' are within their bounds\n"
+    assert capsys.readouterr().out == "104 results of 'ours' are within their bounds\n"
 
 
 def run_script(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
