@@ -33,7 +33,7 @@ MAPS = (
 )
 # So many that tiles of 128 maps are worth it, read where they are and packed; in 16 bits on Hopper,
 # for the last, tiles of 256 by 128.
-MANY_MAPS = ((18, 264, 16, 20), (18, 257, 7, 7), (33, 264, 16, 20))
+MANY_MAPS = ((18, 264, 16, 20), (18, 257, 7, 7), (33, 392, 16, 20))
 ROWS = ((5, 71), (33, 16), (200, 16))  # the last in parts
 WINDOW = Window(3, 1, 1)  # by pieces from 33 channels on, else by patches
 WIDTHS = (3, 16, 33)

@@ -33,7 +33,7 @@ LAYOUTS = [
 SHAPES = [(40, 10), (3, 5, 7), (2, 13, 7, 7), (3, 72, 8, 8), (5, 33, 4, 15), (2, 3, 4, 5, 6)]
 # Of which a GPU compares tiles of 128x128 maps: aligned, odd and packed ones; the last two in 16
 # bits on Hopper by tiles of 256x128.
-LARGE = [(64, 96, 7, 7), (96, 257, 6, 6), (48, 130, 28, 28), (33, 264, 16, 20)]
+LARGE = [(64, 96, 7, 7), (96, 257, 6, 6), (48, 130, 28, 28), (33, 392, 16, 20)]
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16])

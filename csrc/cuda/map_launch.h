@@ -43,6 +43,7 @@ struct MapSimilarityLaunch {
       extent[2];  // of the rows' and of the columns' tensor: elements from its first to its last
   int64_t side;   // tiles side by side in the result
   int64_t tiles;  // of the result, or of its upper triangle
+  int64_t units;  // tiles, or pairs of tall ones, that a block compares
   Split split;    // of the samples
   int64_t blocks;
   unsigned grid;
@@ -55,6 +56,21 @@ struct MapSimilarityLaunch {
   CCP_HD TileIndex tile_index(bool symmetric, int64_t index) const {
     if (!symmetric) return {index / side, index % side};
     return tall() ? upper_tall_tile(index) : upper_tile(index);
+  }
+
+  // Of tall tiles: the step-th tile of a unit, and how many it has.
+  CCP_HD TileIndex tall_unit(bool symmetric, unsigned unit, int step) const {
+    const unsigned wide = static_cast<unsigned>(side);
+    if (!symmetric) return {unit / wide, unit % wide};
+    return units < tiles ? upper_tall_unit(unit, step) : upper_tall_tile(unit);
+  }
+  CCP_HD int unit_tiles(bool symmetric, unsigned unit) const {
+    const TileIndex first = tall_unit(symmetric, unit, 0);
+    const bool joined = units < tiles && first.column == 2 * first.row;
+    return joined && first.column + 1 < side ? 2 : 1;
+  }
+  CCP_HD int64_t tall_index(bool symmetric, const TileIndex& tile) const {
+    return symmetric ? upper_tall_index(tile) : tile.row * side + tile.column;
   }
 };
 
@@ -90,8 +106,9 @@ struct MapTiles {
   int rows, tile;  // maps of a tile: rows, columns
   int64_t side;    // tiles side by side in the result
   int64_t count;   // of the result, or of its upper triangle
+  int64_t units;   // tiles, or pairs of tall ones, that a block compares
   int64_t loaded;  // maps that all of these load, those on the diagonal their rows only
-  int64_t most;    // that one of them loads
+  int64_t most;    // that one unit loads
 };
 
 inline MapTiles map_tiles(int tile, const MapSimilarityParams& params) {
@@ -102,14 +119,18 @@ inline MapTiles map_tiles(int tile, const MapSimilarityParams& params) {
           tile,
           side,
           count,
+          count,
           panels * channels * side,
           std::min<int64_t>(tile, channels) * (side > 1 ? 2 : panels)};
 }
 
-inline MapTiles tall_map_tiles(const MapSimilarityParams& params) {
+// `joined`: with the two tiles that meet the diagonal in neighbouring columns as one unit, so that
+// all units take equally long; or for more units.
+inline MapTiles tall_map_tiles(const MapSimilarityParams& params, bool joined) {
   constexpr int64_t kTile = kLargeMapTile;
   const int64_t channels = params.maps.layout.channel.size, side = ceil_div(channels, kTile);
-  MapTiles tiles{2 * kTile, kTile, side, 0, 0, 0};
+  MapTiles tiles{2 * kTile, kTile, side, 0, 0, 0, 0};
+  int64_t diagonal_half = 0;  // what the first tile of a unit on the diagonal loads
   for (int64_t column = 0; column < side; ++column) {
     const int64_t last_row = params.symmetric ? column : side - 1;
     const int64_t columns = std::min(kTile, channels - column * kTile);
@@ -117,9 +138,12 @@ inline MapTiles tall_map_tiles(const MapSimilarityParams& params) {
       const bool diagonal = params.symmetric && row + 2 > column;
       const int64_t end = std::min((std::min(row + 1, last_row) + 1) * kTile, channels);
       const int64_t loaded = end - row * kTile + (diagonal ? 0 : columns);
+      const bool joins = joined && diagonal && row < column;
       ++tiles.count;
+      tiles.units += !joins;
       tiles.loaded += loaded;
-      tiles.most = std::max(tiles.most, loaded);
+      tiles.most = std::max(tiles.most, loaded + (joins ? diagonal_half : 0));
+      if (diagonal) diagonal_half = loaded;
     }
   }
   return tiles;
@@ -131,15 +155,15 @@ inline MapSplit split_map_samples(const MapTiles& tiles, const MapSimilarityPara
                                   int element_size) {
   const int64_t samples = params.maps.layout.sample.size;
   const int64_t stages = ceil_div(params.maps.layout.positions * element_size, kMapRowBytes);
-  const double average = static_cast<double>(tiles.loaded) / tiles.count;
+  const double average = static_cast<double>(tiles.loaded) / tiles.units;
   const double most = static_cast<double>(tiles.most);
   const double more = static_cast<double>(kMapBlockStages * tiles.rows);
   const int64_t at_once = kMultiprocessors * map_blocks_at_once(tiles.tile);
-  const int64_t least = ceil_div(tiles.count, at_once);
+  const int64_t least = ceil_div(tiles.units, at_once);
   MapSplit best{};
   for (int64_t wanted = least; wanted < least + kMapMostRounds; ++wanted) {
-    const int64_t length = ceil_div(samples, std::min(wanted * at_once / tiles.count, samples));
-    const int64_t count = ceil_div(samples, length), blocks = tiles.count * count;
+    const int64_t length = ceil_div(samples, std::min(wanted * at_once / tiles.units, samples));
+    const int64_t count = ceil_div(samples, length), blocks = tiles.units * count;
     const double rows = static_cast<double>(length * stages);
     const double earlier = static_cast<double>(ceil_div(blocks, at_once) - 1);
     const double sharing = blocks > kMultiprocessors ? map_blocks_at_once(tiles.tile) : 1;
@@ -155,7 +179,7 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   const MapLoads loads = map_loads(params.maps, element_size);
   const bool packed =
       tiles.tile == kLargeMapTile && loads != MapLoads::kRows && loads != MapLoads::kChannelsLast;
-  const int64_t blocks = tiles.count * split.count;
+  const int64_t blocks = tiles.units * split.count;
   const int64_t depth = (tiles.rows > tiles.tile ? kTallMapRowBytes : kMapRowBytes) / element_size;
   const int64_t chunks = ceil_div(layout.positions, depth);
   const float scale = static_cast<float>(params.scale);
@@ -167,6 +191,7 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
            rows_extent(layout, layout.sample.g_stride, layout.channel.g_stride)},
           tiles.side,
           tiles.count,
+          tiles.units,
           split,
           blocks,
           grid_size(blocks),
@@ -194,8 +219,11 @@ inline MapSimilarityLaunch plan_map_similarity(const MapSimilarityParams& params
   };
   if (map_shared_bytes(kLargeMapTile) <= device.shared_bytes)
     consider(map_tiles(kLargeMapTile, params));
-  if (device.tall_tiles && element_size == 2 && params.maps.layout.positions <= kMostTallPositions)
-    consider(tall_map_tiles(params));
+  if (device.tall_tiles && element_size == 2 &&
+      params.maps.layout.positions <= kMostTallPositions) {
+    consider(tall_map_tiles(params, false));
+    consider(tall_map_tiles(params, true));
+  }
   return plan_map_similarity(params, element_size, tiles, split.split);
 }
 

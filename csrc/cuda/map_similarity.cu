@@ -74,7 +74,8 @@ void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStr
         params.symmetric ? x_maps : centred_maps<T>(x, params, right_side(params), y_terms, stream);
     params = packed_maps(params, x_maps->const_data_ptr(), y_maps->const_data_ptr(), sizeof(T));
   }
-  Tensor partial = torch::stable::new_empty(out, {launch.blocks, launch.rows, launch.tile});
+  Tensor partial =
+      torch::stable::new_empty(out, {launch.split.count * launch.tiles, launch.rows, launch.tile});
   with_map_similarity_kernel<T>(launch, [&](auto kernel, int threads, int bytes) {
     check_cuda("map_similarity",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

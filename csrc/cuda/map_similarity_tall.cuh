@@ -57,25 +57,40 @@ struct alignas(1024) TallMapShared {
   SharedBarrier arrived[kTallMapStages], used[kTallMapStages];
 };
 
-// The tile of a block and its share of the samples.
+// A tile of a block and the block's share of the samples.
 struct TallMapTask {
   int first_map[3], maps[3];  // of the panels
   int blocks;                 // of rows: 1 or 2
   int diagonal;               // the block of rows that the columns are, or -1
   int64_t first_sample;
   int samples;
+  int earlier;    // samples that the block has compared before, in another task
+  int64_t index;  // of the tile in the partial result
+
+  // Where in shared memory the terms of a sample lie.
+  __device__ __forceinline__ int terms_place(int sample) const {
+    return static_cast<unsigned>(earlier + sample) % kTallMapStages;
+  }
 };
+
+// How many tasks a block has, one after the other: a second one only after one of one block of
+// rows.
+__device__ __forceinline__ int tall_map_tasks(const MapSimilarityParams& params,
+                                              const MapSimilarityLaunch& launch) {
+  return launch.unit_tiles(params.symmetric, blockIdx.x % static_cast<unsigned>(launch.units));
+}
 
 template <class Traits>
 __device__ __forceinline__ TallMapTask tall_map_task(const MapSimilarityParams& params,
-                                                     const MapSimilarityLaunch& launch) {
+                                                     const MapSimilarityLaunch& launch, int step) {
   constexpr int kBlock = Traits::kBlock;
   const ChannelDotLayout& layout = params.maps.layout;
-  const TileIndex tile = launch.tile_index(params.symmetric, blockIdx.x % launch.tiles);
+  const unsigned units = static_cast<unsigned>(launch.units), part = blockIdx.x / units;
+  const TileIndex tile = launch.tall_unit(params.symmetric, blockIdx.x % units, step);
   const int64_t first[] = {2 * tile.row * kBlock, (2 * tile.row + 1) * kBlock,
                            tile.column * kBlock};
-  const int64_t part = blockIdx.x / launch.tiles * launch.split.length;
-  const int64_t samples = layout.sample.size - part;
+  const int64_t first_sample = part * launch.split.length;
+  const int64_t samples = layout.sample.size - first_sample;
   TallMapTask task;
 #pragma unroll
   for (int panel = 0; panel < Traits::kPanels; ++panel) {
@@ -87,8 +102,10 @@ __device__ __forceinline__ TallMapTask tall_map_task(const MapSimilarityParams& 
   task.blocks = first[1] < last_row ? 2 : 1;
   const int64_t diagonal = tile.column - 2 * tile.row;
   task.diagonal = params.symmetric && diagonal < 2 ? static_cast<int>(diagonal) : -1;
-  task.first_sample = part;
+  task.first_sample = first_sample;
   task.samples = static_cast<int>(samples < launch.split.length ? samples : launch.split.length);
+  task.earlier = step * task.samples;
+  task.index = part * launch.tiles + launch.tall_index(params.symmetric, tile);
   return task;
 }
 
@@ -209,7 +226,7 @@ class TallMapLoader {
 
   __device__ __forceinline__ void load_terms(const MapCursor& at) const {
     const int map = threadIdx.x % kWarpgroup;
-    MapTerms<float>* to = shared_.terms[at.sample % kTallMapStages];
+    MapTerms<float>* to = shared_.terms[task_.terms_place(at.sample)];
 #pragma unroll
     for (int panel = 0; panel < Traits::kPanels; ++panel) {
       const bool valid = map < task_.maps[panel];
@@ -286,34 +303,37 @@ __device__ __forceinline__ void load_maps(const MapSimilarityParams& params,
                                           const MapTerms<float>* x_terms,
                                           const MapTerms<float>* y_terms,
                                           TallMapShared<Traits>& shared) {
-  const TallMapTask task = tall_map_task<Traits>(params, launch);
-  TallMapLoader<Traits> loader(params, launch, task, x_terms, y_terms, shared);
   constexpr int kBehind = 2;
-  MapCursor loading, giving;
   RingPlace loaded, given;
-  const auto give = [&] {
-    loader.centre(giving, given.place);
-    show_to_products();
-    arrive(shared.arrived[given.place]);
-    given.advance();
-    giving.advance(launch.chunks);
-  };
-  int begun = 0;  // stages that are not given yet, at most kBehind
 #pragma unroll 1
-  while (loading.sample < task.samples) {
-    wait(shared.used[loaded.place], loaded.parity ^ 1);
-    loader.load(loading, loaded.place);
-    loaded.advance();
-    loading.advance(launch.chunks);
-    if (begun < kBehind) {
-      ++begun;
-      continue;
+  for (int step = 0; step < tall_map_tasks(params, launch); ++step) {
+    const TallMapTask task = tall_map_task<Traits>(params, launch, step);
+    TallMapLoader<Traits> loader(params, launch, task, x_terms, y_terms, shared);
+    MapCursor loading, giving;
+    const auto give = [&] {
+      loader.centre(giving, given.place);
+      show_to_products();
+      arrive(shared.arrived[given.place]);
+      given.advance();
+      giving.advance(launch.chunks);
+    };
+    int begun = 0;  // stages that are not given yet, at most kBehind
+#pragma unroll 1
+    while (loading.sample < task.samples) {
+      wait(shared.used[loaded.place], loaded.parity ^ 1);
+      loader.load(loading, loaded.place);
+      loaded.advance();
+      loading.advance(launch.chunks);
+      if (begun < kBehind) {
+        ++begun;
+        continue;
+      }
+      wait_for_copies<kBehind>();
+      give();
     }
-    wait_for_copies<kBehind>();
-    give();
+    wait_for_copies<0>();
+    while (begun-- > 0) give();
   }
-  wait_for_copies<0>();
-  while (begun-- > 0) give();
 }
 
 // The place of a multiplying thread's first element in its block of rows.
@@ -408,7 +428,8 @@ template <class Traits, int kBlocks>
 __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params,
                                                const MapSimilarityLaunch& launch,
                                                const TallMapTask& task, int warpgroup,
-                                               TallMapShared<Traits>& shared, float* partial) {
+                                               TallMapShared<Traits>& shared, RingPlace& ring,
+                                               float* partial) {
   constexpr int kBlock = Traits::kBlock;
   ProductSums sums[kBlocks]{};
   ProductSums totals{};
@@ -418,7 +439,6 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
     for (auto& fragment : shared.totals) fragment[0][threadIdx.x] = fragment[1][threadIdx.x] = {};
   }
   MapCursor at;
-  RingPlace ring;
 #pragma unroll 1
   while (at.sample < task.samples) {
     const bool last = at.chunk == launch.chunks - 1;
@@ -426,7 +446,7 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
     multiply_stage<Traits>(shared_address(shared.panel[ring.place]), task.diagonal, warpgroup,
                            at.chunk == 0, sums);
     if (last) {
-      const MapTerms<float>* terms = shared.terms[at.sample % kTallMapStages];
+      const MapTerms<float>* terms = shared.terms[task.terms_place(at.sample)];
       with_kind(params.kind, [&](auto kind) {
         constexpr SimilarityKind kKind = decltype(kind)::value;
         add_similarities<kKind, Traits>(terms, task.maps[Traits::kColumns], launch.per_position,
@@ -441,7 +461,7 @@ __device__ __forceinline__ void compare_blocks(const MapSimilarityParams& params
     ring.advance();
     at.advance(launch.chunks);
   }
-  float* out = partial + static_cast<int64_t>(blockIdx.x) * (2 * kBlock * kBlock);
+  float* out = partial + task.index * (2 * kBlock * kBlock);
   const unsigned thread = fresh_thread();
   write_totals(out, thread, task.diagonal == 0, [&](int f, int i) { return totals[f][i]; });
   if constexpr (kBlocks == 2)
@@ -456,17 +476,19 @@ template <class Traits>
 __device__ __forceinline__ void compare_maps(const MapSimilarityParams& params,
                                              const MapSimilarityLaunch& launch, int warpgroup,
                                              TallMapShared<Traits>& shared, float* partial) {
-  const TallMapTask task = tall_map_task<Traits>(params, launch);
-  if (task.blocks == 2) {
-    compare_blocks<Traits, 2>(params, launch, task, warpgroup, shared, partial);
-  } else {
-    compare_blocks<Traits, 1>(params, launch, task, warpgroup, shared, partial);
+  RingPlace ring;
+  TallMapTask task = tall_map_task<Traits>(params, launch, 0);
+  if (task.blocks == 1) {
+    compare_blocks<Traits, 1>(params, launch, task, warpgroup, shared, ring, partial);
+    if (tall_map_tasks(params, launch) == 1) return;
+    task = tall_map_task<Traits>(params, launch, 1);
   }
+  compare_blocks<Traits, 2>(params, launch, task, warpgroup, shared, ring, partial);
 }
 
-// Writes partial[block][256][128], the sums over the task's samples. What lies below the diagonal
-// or outside the result may be left unwritten. A launch is possible only where maxThreadsPerBlock,
-// of the code that the device has loaded, is kThreads.
+// Writes partial[part, tile][256][128], the sums over the task's samples. What lies below the
+// diagonal or outside the result may be left unwritten. A launch is possible only where
+// maxThreadsPerBlock, of the code that the device has loaded, is kThreads.
 template <class Traits>
 __global__ void __launch_bounds__(kWarpgroupProducts ? Traits::kThreads : 32, 1)
     compare_tall_map_tiles(MapSimilarityParams params, MapSimilarityLaunch launch,

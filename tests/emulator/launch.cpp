@@ -488,7 +488,7 @@ void test_tall_tiles() {
     }
   }
   expect("tall tiles where the GPU's tests expect them",
-         rows(48, 130, 784) == 256 && rows(33, 264, 320) == 256);
+         rows(48, 130, 784) == 256 && rows(33, 392, 320) == 256);
   expect("no tall tiles for one column of them", rows(256, 128, 784) == 128);
   expect("no tall tiles for float32", rows(256, 512, 784, true, false, 4) == 128);
   expect("tall tiles for up to 4096 positions",
@@ -499,33 +499,49 @@ void test_tall_tiles() {
   expect("tall tiles have odd rows packed", odd.packed && odd.loads == ccp::MapLoads::kRows);
 }
 
-void test_numbering_of_tall_tiles() {
-  for (int64_t side = 1; side <= 9; ++side) {
-    for (const bool symmetric : {true, false}) {
-      const int64_t channels = side * 128 - 28;
-      const ccp::MapSimilarityParams params = similarity_of_maps(256, channels, 784, symmetric);
-      const ccp::MapTiles tiles = ccp::tall_map_tiles(params);
-      const ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, 2, tiles, {1, 256});
-      std::set<std::pair<int64_t, int64_t>> blocks;  // of 128 x 128 maps
-      int64_t loaded = 0, most = 0;
-      for (int64_t index = 0; index < tiles.count; ++index) {
-        const ccp::TileIndex tile = launch.tile_index(symmetric, index);
-        int64_t maps = std::min<int64_t>(128, channels - tile.column * 128);
-        for (int64_t row = 2 * tile.row; row < 2 * tile.row + 2; ++row) {
-          if (row >= side || (symmetric && row > tile.column)) continue;
-          expect("every block once", blocks.insert({row, tile.column}).second);
-          if (symmetric && row == tile.column) maps = 0;
-        }
-        for (int64_t row = 2 * tile.row; row < 2 * tile.row + 2; ++row)
-          if (row < side && !(symmetric && row > tile.column))
-            maps += std::min<int64_t>(128, channels - row * 128);
-        loaded += maps;
-        most = std::max(most, maps);
+void check_tall_units(int64_t side, bool symmetric, bool joined) {
+  const int64_t channels = side * 128 - 28;
+  const ccp::MapSimilarityParams params = similarity_of_maps(256, channels, 784, symmetric);
+  const ccp::MapTiles tiles = ccp::tall_map_tiles(params, joined);
+  const ccp::MapSimilarityLaunch launch = ccp::plan_map_similarity(params, 2, tiles, {1, 256});
+  const auto maps_from = [&](int64_t block) {
+    return std::min<int64_t>(128, channels - block * 128);
+  };
+  std::set<std::pair<int64_t, int64_t>> blocks;  // of 128 x 128 maps
+  std::set<int64_t> indices;
+  int64_t loaded = 0, most = 0;
+  for (int64_t unit = 0; unit < tiles.units; ++unit) {
+    int64_t maps = 0;
+    for (int step = 0; step < launch.unit_tiles(symmetric, unit); ++step) {
+      const ccp::TileIndex tile = launch.tall_unit(symmetric, unit, step);
+      const int64_t index = launch.tall_index(symmetric, tile);
+      const ccp::TileIndex same = launch.tile_index(symmetric, index);
+      expect("the tile of that number", same.row == tile.row && same.column == tile.column);
+      expect("every tile once", indices.insert(index).second && index < tiles.count);
+      bool diagonal = false;
+      for (int64_t row = 2 * tile.row; row < 2 * tile.row + 2; ++row) {
+        if (row >= side || (symmetric && row > tile.column)) continue;
+        expect("every block once", blocks.insert({row, tile.column}).second);
+        diagonal |= symmetric && row == tile.column;
+        maps += maps_from(row);
       }
-      const int64_t expected = symmetric ? side * (side + 1) / 2 : side * side;
-      expect("every block", static_cast<int64_t>(blocks.size()) == expected);
-      expect("maps loaded", loaded == tiles.loaded && most == tiles.most);
+      maps += diagonal ? 0 : maps_from(tile.column);
     }
+    const bool whole = joined && side % 2 == 0 && unit + 1 < tiles.units;
+    expect("joined units load equally much", !whole || maps + 28 >= tiles.most);
+    loaded += maps;
+    most = std::max(most, maps);
+  }
+  const int64_t expected = symmetric ? side * (side + 1) / 2 : side * side;
+  expect("every block", static_cast<int64_t>(blocks.size()) == expected);
+  expect("maps loaded", loaded == tiles.loaded && most == tiles.most);
+}
+
+void test_tall_units() {
+  for (int64_t side = 1; side <= 9; ++side) {
+    check_tall_units(side, true, true);
+    check_tall_units(side, true, false);
+    check_tall_units(side, false, false);
   }
 }
 
@@ -599,7 +615,7 @@ int main(int argc, char** argv) {
   if (argc > 1) return 0;
   test_map_tiles();
   test_tall_tiles();
-  test_numbering_of_tall_tiles();
+  test_tall_units();
   test_map_split();
   test_map_loads();
   test_correlations();

@@ -46,7 +46,7 @@ ccp::MapSimilarityLaunch plan(const MapSimilarityParams& params, Tiles tiles, in
   const int64_t samples = params.maps.layout.sample.size;
   return ccp::plan_map_similarity(params, sizeof(T),
                                   tiles == Tiles::kTall
-                                      ? ccp::tall_map_tiles(params)
+                                      ? ccp::tall_map_tiles(params, parts == 1)
                                       : ccp::map_tiles(ccp::kLargeMapTile, params),
                                   {parts, ccp::ceil_div(samples, parts)});
 }
@@ -65,7 +65,8 @@ void run(MapSimilarityParams params, Tiles tiles, int parts, unsigned seed) {
     params = ccp::packed_maps(params, x_maps.data(),
                               params.symmetric ? x_maps.data() : y_maps.data(), sizeof(T));
   }
-  auto partial = testing::unwritten<float>(launch.blocks * launch.rows * launch.tile);
+  auto partial =
+      testing::unwritten<float>(launch.split.count * launch.tiles * launch.rows * launch.tile);
   ccp::with_map_similarity_kernel<T>(launch, [&](auto kernel, int threads, int) {
     const bool all = launch.tall() || seed % 2 != 0;  // the blocks of threads that there may be
     emu::launch(all ? launch.grid : std::min(launch.grid, 2u), threads, seed, kernel, params,
