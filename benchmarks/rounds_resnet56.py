@@ -25,14 +25,15 @@ from ccp_ext.planning import make_plan
 
 NAME = "rounds_resnet56"
 BUDGET, SCOPE = 0.5, "inner"
-KEY = ("criterion", "diagonal", "repair", "rounds", "seed")
+KEY = ("criterion", "diagonal", "repair", "rounds", "images", "repair images", "seed")
 ARMS = (("ccp", False), ("ccp", True), ("taylor", False), ("random", False))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--criteria", nargs="+", default=["ccp", "taylor", "random"])
+    known = list(dict.fromkeys(name for name, _ in ARMS))
+    parser.add_argument("--criteria", nargs="+", default=known, choices=known)
     parser.add_argument("--rounds", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--repair", default="batchnorm", choices=["batchnorm", "refit"])
     parser.add_argument("--images", type=int, default=2_500, help="for the statistics of a round")
@@ -41,53 +42,47 @@ def main() -> None:
     options = parser.parse_args()
 
     subject = Subject(options.weights, options.data, SCOPE)
-    head = {"images": options.images, "repair images": options.repair_images, "MACs kept": BUDGET}
-    rows = Rows(NAME, KEY, head)
+    if min(options.rounds) < 1:
+        parser.error(f"--rounds must be at least 1; got {min(options.rounds)}")
+    rows = Rows(NAME, KEY, {"MACs kept": BUDGET})
     for seed in options.seeds:
         for criterion, diagonal in ARMS:
             for rounds in options.rounds if criterion in options.criteria else ():
-                values = (criterion, diagonal, options.repair, rounds, seed)
+                images = (options.images, options.repair_images)
+                values = (criterion, diagonal, options.repair, rounds, *images, seed)
                 key = dict(zip(KEY, values, strict=True))
                 if not rows.has(key):
-                    rows.add(key, _measure(subject, options, key))
+                    rows.add(key, _measure(subject, options.batch_size, key))
     text = (
-        f"Inner groups, {BUDGET:.0%} of the MACs kept, {options.images:,} training images for the "
-        f"statistics of each round, {options.repair_images:,} for the repair behind it, no "
-        "fine-tuning; each criterion with its own allocation. Test accuracy in "
-        "percent, mean over the seeds of the images drawn (and standard deviation)."
+        f"Inner groups, {BUDGET:.0%} of the MACs kept, training images for the statistics of each "
+        "round and for the repair behind it, no fine-tuning; each criterion with its own "
+        "allocation. Test accuracy in percent, mean over the seeds of the images drawn (and "
+        "standard deviation)."
     )
     rows.write_table("ResNet-56 / CIFAR-10, one shot or iterative", text, rows.arms())
 
 
-def _measure(
-    subject: Subject, options: argparse.Namespace, key: Mapping[str, Any]
-) -> dict[str, Any]:
+def _measure(subject: Subject, batch_size: int, key: Mapping[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
-    slim = _pruned(subject, options, *key.values())
+    slim = _pruned(subject, batch_size, key)
     return {"seconds": time.monotonic() - start} | subject.accuracies(slim)
 
 
-def _pruned(
-    subject: Subject,
-    options: argparse.Namespace,
-    name: str,
-    diagonal: bool,
-    step: str,
-    rounds: int,
-    seed: int,
-) -> nn.Module:
-    criterion = criteria.get(name, criteria.Options(diagonal=diagonal, seed=seed))
-    images = subject.draw(seed, options.images)
-    repair_images = subject.draw(seed, -options.repair_images)
-    model, size = copy.deepcopy(subject.model), options.batch_size
+def _pruned(subject: Subject, batch_size: int, key: Mapping[str, Any]) -> nn.Module:
+    seed, rounds = key["seed"], key["rounds"]
+    options = criteria.Options(diagonal=key["diagonal"], seed=seed)
+    criterion = criteria.get(key["criterion"], options)
+    images = subject.draw(seed, key["images"])
+    repair_images = subject.draw(seed, -key["repair images"])
+    model, sizes = copy.deepcopy(subject.model), {"batch_size": batch_size, "progress": False}
     schedule = Schedule(subject.graph, rounds, {"macs": BUDGET}, {})
     for number in range(1, rounds + 1):
         graph = trace(model, subject.example).select_groups(SCOPE)
-        data = criteria.gather(model, graph, criterion, images, batch_size=size, progress=False)
+        data = criteria.gather(model, graph, criterion, images, **sizes)
         costs = criterion.costs(model, graph, data)
         budget = schedule.at(number, graph, None)
         surgery.prune(model, make_plan(graph, costs, **budget, allocation=criterion.allocation))
-        repair.apply(step, subject.model, model, repair_images, batch_size=size, progress=False)
+        repair.apply(key["repair"], subject.model, model, repair_images, **sizes)
     return model
 
 

@@ -194,7 +194,9 @@ def rates_of_one_gpu(options: argparse.Namespace) -> tuple[Sequence[float], str]
     given = options.images_per_second
     if given is not None:
         if not 0 < given < math.inf:
-            raise ccp_ext.InputError(f"scaling: images-per-second must be positive; got {given}")
+            raise ccp_ext.InputError(
+                f"scaling: --images-per-second must be positive and finite; got {given}"
+            )
         return [given], "given"
     if options.statistics is not None:
         return [images_per_second(options.statistics)], "measured"

@@ -355,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         help="folder for the rows, tables and page; may hold a comparison of other criteria, "
-        "budgets, repairs or seeds, whose rows are kept",
+        "budgets, repairs or seeds with the same schedule, whose rows are kept",
     )
     compare.add_argument(
         "--criteria",

@@ -378,7 +378,8 @@ class Statistics(Mapping):
         holds those of all ranks, in the ranks' order.
 
         Raises:
-            InputError: this rank's sums lie on several devices; nothing was sent then.
+            InputError: this rank's sums lie on several devices; it has sent nothing then, and
+                the other ranks wait for it until their process group's timeout.
         """
         self._flush()
         device = self._one_device()

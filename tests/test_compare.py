@@ -436,6 +436,10 @@ def test_other_settings_and_damaged_rows_are_refused(inputs, whole, tmp_path):
     small = settings(inputs, seeds=(0,), criteria=("random",))
     run(small, damaged)
     file = next((damaged / "rows").iterdir())
+    other = json.loads(file.read_text()) | {"repair options": {"refit": {"ridge": 1.0}}}
+    file.write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"was repaired with \{'refit': \{'ridge': 1.0\}\}, not "):
+        run(small, damaged)
     for content in ("{", "{}", "[]"):
         file.write_text(content)
         with pytest.raises(InputError, match=re.escape(file.name)):

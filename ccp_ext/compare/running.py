@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
-from ccp_ext import allocation, files
+from ccp_ext import allocation, files, repair
 from ccp_ext.compare.bench import Bench
 from ccp_ext.compare.jobs import Job, all_jobs
-from ccp_ext.compare.settings import CompareSettings
+from ccp_ext.compare.settings import FINETUNE, CompareSettings
 from ccp_ext.errors import InputError
 from ccp_ext.pipeline import check_statistics
 from ccp_ext.report import snapshot
 from ccp_ext.report.summary import as_csv, as_markdown, control, rank, summarise
 from ccp_ext.run_folder import RunFolder
 from ccp_ext.subject import Inputs, load_inputs, sample
+
+# Whatever seeds a folder began with, its page shows the same.
+_SNAPSHOT_SEED = 0
 
 
 def compare(
@@ -35,7 +38,8 @@ def compare(
     """Make every row that the folder lacks, and the tables.
 
     The folder may hold a comparison of other criteria, budgets, repairs or seeds, all other
-    settings equal: its rows stay, and the tables show those asked for now.
+    settings equal, the schedule of fine-tuning among them: its rows stay, and the tables show those
+    asked for now.
 
     Writes to the folder ``output``: ``settings.json``, ``plain.json``, a file for each row in
     ``rows``, for a row that is fine-tuned a CSV file of its epochs in ``logs``, and at the end
@@ -112,7 +116,7 @@ def _take_snapshot(
     """What the page shows of the plain model; behind the rows, whose memory is measured."""
     file = folder.path / snapshot.FILE
     if not file.exists():
-        images = sample(inputs.train, snapshot.IMAGES, settings.seeds[0], "statistics")
+        images = sample(inputs.train, snapshot.IMAGES, _SNAPSHOT_SEED, "statistics")
         snapshot.take(inputs.model, inputs.graph, images, progress=progress).save(file)
 
 
@@ -175,6 +179,14 @@ def _worker(
 
 def _read_row(folder: RunFolder, job: Job) -> dict[str, Any] | None:
     row = folder.read(job.file, dict)
-    if row is not None and any(row.get(k) != v for k, v in dataclasses.asdict(job).items()):
+    if row is None:
+        return None
+    if any(row.get(k) != v for k, v in dataclasses.asdict(job).items()):
         raise InputError(f"{folder.path / job.file} is damaged; remove it to go on")
+    options = repair.options(job.repair, [FINETUNE])
+    if row.get("repair options", options) != options:
+        raise InputError(
+            f"{folder.path / job.file} was repaired with {row['repair options']}, not {options}; "
+            "remove it to make it again"
+        )
     return row

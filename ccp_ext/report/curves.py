@@ -137,7 +137,7 @@ def of_comparison(
 
 def of_run(folder: Path, settings: Mapping[str, Any]) -> list[Chart]:
     """Accuracy and loss of the fine-tuning, if there was one."""
-    schedule = settings["finetune"]
+    schedule = settings.get("finetune")
     if schedule is None:
         return []
     name = settings["criterion"]

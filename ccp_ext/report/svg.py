@@ -72,13 +72,15 @@ def curves(
     across = _Scale((numbers[0] - margin, numbers[-1] + margin), _LEFT, _RIGHT)
     up = _Scale(_padded(_heights(series)), _BOTTOM, _TOP)
     # A single epoch makes no lines: their marks stand side by side. Of long lines only some points
-    # have marks, those of each line elsewhere.
+    # have marks, those of each line elsewhere, and the last.
     asides = _asides(len(series), 14.0 if len(numbers) == 1 else 0.0)
     every = math.ceil(len(numbers) / _MARKS)
     bands, drawn = [], []
     for k, (line, aside) in enumerate(zip(series, asides, strict=True)):
         places = _places(line, across, up, aside, x_label, digits)
         marked = places[k * every // len(series) :: every]
+        if marked[-1:] != places[-1:]:
+            marked.append(places[-1])
         spread = _bars(places) if len(numbers) == 1 else _band(places)
         bands.append(f"<g {_style(line.style)}>{spread}</g>")
         drawn.append(f"<g {_style(line.style)}>{_polyline(places)}{_marks(line.style, marked)}</g>")
