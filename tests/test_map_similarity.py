@@ -33,7 +33,13 @@ LAYOUTS = [
 SHAPES = [(40, 10), (3, 5, 7), (2, 13, 7, 7), (3, 72, 8, 8), (5, 33, 4, 15), (2, 3, 4, 5, 6)]
 # Of which a GPU compares tiles of 128x128 maps: aligned, odd and packed ones; the last two in 16
 # bits on Hopper by tiles of 256x128.
-LARGE = [(64, 96, 7, 7), (96, 257, 6, 6), (48, 130, 28, 28), (33, 392, 16, 20)]
+LARGE = [
+    (64, 96, 7, 7),
+    (96, 257, 6, 6),
+    (48, 130, 28, 28),
+    (33, 392, 16, 20),
+    (200, 256, 16, 16),
+]
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -302,9 +308,19 @@ def test_float64_on_a_gpu_is_refused(cuda: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 8, 16, 16), (200, 70, 8, 8), (64, 96, 7, 7)])
-def test_a_captured_graph_replays_with_new_values(shape: tuple[int, ...], cuda: str) -> None:
-    x = torch.randn(shape, device=cuda)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 8, 16, 16), torch.float32),
+        ((200, 70, 8, 8), torch.float32),
+        ((64, 96, 7, 7), torch.float32),
+        ((33, 392, 16, 20), torch.bfloat16),
+    ],
+)
+def test_a_captured_graph_replays_with_new_values(
+    shape: tuple[int, ...], dtype: torch.dtype, cuda: str
+) -> None:
+    x = torch.randn(shape, device=cuda, dtype=dtype)
     ops.map_similarity(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

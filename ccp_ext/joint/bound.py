@@ -54,7 +54,7 @@ def lower_bound(
     Raises:
         InputError: as :func:`refine` and ``allocate``.
     """
-    check(graph, cost, near)
+    check("lower_bound", graph, cost, near)
     problem = Problem(cost, [group.name for group in graph.groups])
     mask = torch.cat([near[name].cpu() for name in problem.names]).to(problem.u.device)
     saving = _Saving.of(problem, graph, near, mask, budget)

@@ -82,7 +82,7 @@ def refine(
         InputError: rows or masks that do not fit the graph, a resource without a budget, or a start
             beyond the budget.
     """
-    check(graph, cost, removed)
+    check("refine", graph, cost, removed)
     if (resource is None) != (budget is None):
         raise InputError("refine: resource and budget must be given together")
     names = [group.name for group in graph.groups]

@@ -123,29 +123,30 @@ class Problem:
         return torch.cat(parts) / self.count - self.u
 
 
-def check(graph: Graph, cost: JointCost, removed: Mapping[str, Tensor]) -> None:
+def check(caller: str, graph: Graph, cost: JointCost, removed: Mapping[str, Tensor]) -> None:
+    """Raise InputError, in the name of the function called, for what does not fit together."""
     lengths = set()
     for group in graph.groups:
         rows, mask = cost.rows.get(group.name), removed.get(group.name)
         if rows is None or mask is None:
             missing = "rows" if rows is None else "mask"
-            raise InputError(f"refine: group {group.name!r} has no {missing}")
+            raise InputError(f"{caller}: group {group.name!r} has no {missing}")
         if rows.ndim != 2 or rows.shape[1] != group.channels:
             raise InputError(
-                f"refine: the rows of group {group.name!r} must be [M, {group.channels}], got "
+                f"{caller}: the rows of group {group.name!r} must be [M, {group.channels}], got "
                 f"{list(rows.shape)}"
             )
         if mask.dtype != torch.bool or list(mask.shape) != [group.channels]:
             raise InputError(
-                f"refine: the mask of group {group.name!r} must be bool [{group.channels}], got "
+                f"{caller}: the mask of group {group.name!r} must be bool [{group.channels}], got "
                 f"{mask.dtype} {list(mask.shape)}"
             )
         if mask.all():
-            raise InputError(f"refine: the mask of group {group.name!r} removes all its channels")
+            raise InputError(f"{caller}: the mask of group {group.name!r} removes all its channels")
         if not torch.isfinite(rows).all():
-            raise InputError(f"refine: the rows of group {group.name!r} must be finite")
+            raise InputError(f"{caller}: the rows of group {group.name!r} must be finite")
         lengths.add(len(rows))
     if len(lengths) > 1:
-        raise InputError(f"refine: all groups must have equally many rows, got {sorted(lengths)}")
+        raise InputError(f"{caller}: all groups must have equally many rows, got {sorted(lengths)}")
     if not lengths:
-        raise InputError("refine: the graph has no groups")
+        raise InputError(f"{caller}: the graph has no groups")

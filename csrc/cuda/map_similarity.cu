@@ -43,12 +43,13 @@ Tensor centred_maps(const Tensor& x, const MapSimilarityParams& params, MapSide 
 }
 
 template <class T>
-MapDevice map_device(int32_t index) {
+MapDevice map_device(const MapSimilarityParams& params, int32_t index) {
   int shared_bytes = 0;
   check_cuda("map_similarity",
              cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   MapDevice device{shared_bytes, false};
   if constexpr (sizeof(T) == 2) {
+    if (!suits_tall_tiles(params, sizeof(T))) return device;  // the question takes a lock
     // What was compiled for other architectures than sm_90a has no kernel of tall tiles in it. What
     // this device loads says so itself.
     with_tall_map_kernel<T>(MapLoads::kRows, [&](auto kernel, int threads, int) {
@@ -66,7 +67,7 @@ void run(const Tensor& x, MapSimilarityParams params, const Tensor& out, cudaStr
   const Tensor y_terms =
       params.symmetric ? x_terms : map_terms<T>(params, right_side(params), out, stream);
   const MapSimilarityLaunch launch =
-      plan_map_similarity(params, sizeof(T), map_device<T>(x.get_device_index()));
+      plan_map_similarity(params, sizeof(T), map_device<T>(params, x.get_device_index()));
   std::optional<Tensor> x_maps, y_maps;
   if (launch.packed) {
     x_maps = centred_maps<T>(x, params, left_side(params), x_terms, stream);

@@ -360,7 +360,7 @@ __device__ __forceinline__ void multiply_stage(uint32_t panels, int diagonal, in
   const int column_panel = diagonal < 0 ? Traits::kColumns : diagonal;
   const MatrixOperand rows = operand(panels + warpgroup * kMapsBytes);
   const MatrixOperand columns = operand(panels + column_panel * Traits::kPanelBytes);
-  begin_products();
+  begin_products(sums);
 #pragma unroll
   for (int step = 0; step < Traits::kDepth / kProductDepth; ++step) {
 #pragma unroll

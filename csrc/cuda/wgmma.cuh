@@ -124,13 +124,13 @@ __device__ __forceinline__ void claim_registers() {
   CCP_FRAGMENT(f), CCP_FRAGMENT(f + 1), CCP_FRAGMENT(f + 2), CCP_FRAGMENT(f + 3)
 #define CCP_PRODUCT(types, transposed)                                                    \
   asm volatile(                                                                           \
-      "{.reg .pred add; setp.ne.u32 add, %66, 0;\n"                                       \
+      "{.reg .pred accumulate; setp.ne.u32 accumulate, %66, 0;\n"                         \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "%64, %65, add, 1, 1, " transposed ", " transposed ";}"                             \
+      "%64, %65, accumulate, 1, 1, " transposed ", " transposed ";}"                      \
       : CCP_FRAGMENTS(0), CCP_FRAGMENTS(4), CCP_FRAGMENTS(8), CCP_FRAGMENTS(12)           \
       : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<uint32_t>(add))             \
       : "memory")
@@ -158,8 +158,21 @@ __device__ __forceinline__ void multiply_async(ProductSums& c, MatrixOperand a, 
 #undef CCP_FRAGMENTS
 #undef CCP_FRAGMENT
 
+// The compiler moves nothing that it does with C past here.
+template <int kBlocks>
+__device__ __forceinline__ void hold(ProductSums (&c)[kBlocks]) {
+#pragma unroll
+  for (auto& block : c)
+#pragma unroll
+    for (auto& fragment : block)
+#pragma unroll
+      for (float& sum : fragment) asm volatile("" : "+f"(sum)::"memory");
+}
+
 // Before the first of some products: what the threads have done with C so far comes first.
-__device__ __forceinline__ void begin_products() {
+template <int kBlocks>
+__device__ __forceinline__ void begin_products(ProductSums (&c)[kBlocks]) {
+  hold(c);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
@@ -167,13 +180,7 @@ __device__ __forceinline__ void begin_products() {
 template <int kBlocks>
 __device__ __forceinline__ void wait_for_products(ProductSums (&c)[kBlocks]) {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-  // So that the compiler reads no sum before.
-#pragma unroll
-  for (auto& block : c)
-#pragma unroll
-    for (auto& fragment : block)
-#pragma unroll
-      for (float& sum : fragment) asm volatile("" : "+f"(sum)::"memory");
+  hold(c);
 }
 
 #else  // in the emulator
@@ -223,7 +230,8 @@ void multiply_async(ProductSums& c, MatrixOperand a, MatrixOperand b, bool add) 
   });
 }
 
-inline void begin_products() {}
+template <int kBlocks>
+void begin_products(ProductSums (&)[kBlocks]) {}
 
 template <int kBlocks>
 void wait_for_products(ProductSums (&)[kBlocks]) {

@@ -488,11 +488,14 @@ void test_tall_tiles() {
     }
   }
   expect("tall tiles where the GPU's tests expect them",
-         rows(48, 130, 784) == 256 && rows(33, 392, 320) == 256);
+         rows(48, 130, 784) == 256 && rows(33, 392, 320) == 256 && rows(200, 256, 256) == 256);
+  const ccp::MapSimilarityLaunch pairs = plan_maps(similarity_of_maps(200, 256, 256), kHopper);
+  expect("the GPU's tests have blocks of several tiles and samples",
+         pairs.units < pairs.tiles && pairs.split.length > 1);
   expect("no tall tiles for one column of them", rows(256, 128, 784) == 128);
   expect("no tall tiles for float32", rows(256, 512, 784, true, false, 4) == 128);
-  expect("tall tiles for up to 4096 positions",
-         rows(64, 512, 4096) == 256 && rows(64, 512, 4097) == 128);
+  expect("tall tiles for up to 1024 positions",
+         rows(64, 512, 1024) == 256 && rows(64, 512, 1025) == 128);
   const ccp::MapSimilarityLaunch launch = plan_maps(similarity_of_maps(256, 512, 784), kHopper);
   expect("stages of 32 positions", launch.chunks == 25 && launch.last_positions == 16);
   const ccp::MapSimilarityLaunch odd = plan_maps(similarity_of_maps(256, 1024, 49), kHopper);
