@@ -40,6 +40,7 @@ KEY = (
     "epochs",
     "learning rate",
     "distillation",
+    "heads' weight",
     "seed",
 )
 
@@ -107,6 +108,7 @@ def _measure(rows: Rows, subject: Subject, options: Any, arm: Arm, seed: int) ->
         "epochs": options.epochs,
         "learning rate": options.learning_rate,
         "distillation": options.distillation,
+        "heads' weight": FinetuneConfig().auxiliary_weight if arm.auxiliary_heads else None,
     }
     key = {**arm.columns, "seed": seed, "joint": options.joint if arm.macs < 1 else None}
     tuned = {**key, **schedule, "stage": "fine-tuned"}

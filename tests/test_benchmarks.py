@@ -527,7 +527,7 @@ def test_a_rate_says_whether_it_was_given_measured_or_assumed(tmp_path: Path) ->
     assert rates(1000.0, path) == ([1000.0], "given")
     assert rates(None, path) == ([2500.0], "measured")
     assert rates(None, None) == (scaling.ASSUMED, "assumed, not measured")
-    with pytest.raises(InputError, match="images-per-second must be positive; got 0"):
+    with pytest.raises(InputError, match="--images-per-second must be positive and finite; got 0"):
         rates(0.0, path)
 
 
