@@ -53,8 +53,10 @@ void run(const ChannelDotParams& params) {
                      std::min(layout.positions, kPositionBlock) * channels,
                      CCP_BEST_ISA(channel_dot_by_position<T>));
   } else {
+    const auto kernel = layout.kind == LayoutKind::kRows ? CCP_BEST_ISA(channel_dot_by_row<T>)
+                                                         : CCP_BEST_ISA(channel_dot_by_run<T>);
     run_in_blocks<T>(params, kRowBlock, samples * channels, std::min(layout.positions, kRowBlock),
-                     CCP_BEST_ISA(channel_dot_by_row<T>));
+                     kernel);
   }
 }
 

@@ -7,8 +7,10 @@ namespace ccp::cpu::CCP_ISA {
 // Four independent accumulators hide the latency of the multiply-add.
 constexpr int kChains = 4;
 
+// Lane by lane; the sum of all lanes is x . g. What is left of the last vector is read with the
+// values before it, which are masked.
 template <class T>
-CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const T* g, int64_t count) {
+CCP_INLINE Vector<Accumulator<T>> dot_lanes(const T* x, const T* g, int64_t count) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
   Vector<Acc> acc[kChains] = {};
@@ -16,9 +18,16 @@ CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const T* g, int64_t count) 
   for (; i + kChains * kStep <= count; i += kChains * kStep)
     for (int k = 0; k < kChains; ++k) acc[k] += load(x + i + k * kStep) * load(g + i + k * kStep);
   for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * load(g + i);
-  Acc tail = 0;
-  for (; i < count; ++i) tail += widen(x[i]) * widen(g[i]);
-  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+  if (i < count && count >= kStep) {
+    const int64_t last = count - kStep;
+    acc[1] +=
+        masked<Acc>(load(x + last) * load(g + last), lanes_from<Acc>(static_cast<int>(i - last)));
+  } else {
+    Acc few = 0;
+    for (; i < count; ++i) few += widen(x[i]) * widen(g[i]);
+    acc[1][0] += few;
+  }
+  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
 }
 
 template <class T>
@@ -48,16 +57,37 @@ CCP_INLINE Accumulator<T> dot_strided(const T* x, const T* g, const Dim& dim, in
 
 template <class T>
 CCP_INLINE Accumulator<T> dot_run(const T* x, const T* g, const Dim& dim, int64_t count) {
-  if (unit_stride(dim)) return dot_contiguous(x, g, count);
+  if (unit_stride(dim)) return sum_lanes(dot_lanes(x, g, count));
   if (dim.x_stride == 1 && dim.g_stride == 0) return widen(*g) * sum_contiguous(x, count);
   if (dim.x_stride == 0 && dim.g_stride == 1) return widen(*x) * sum_contiguous(g, count);
   return dot_strided(x, g, dim, count);
 }
 
-// One item = one block of positions of one (sample, channel); any strides.
+// One item = one block of positions of one (sample, channel), which lie side by side in memory.
 // sums[item] with items ordered [block, sample, channel].
 template <class T>
 void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Accumulator<T>* sums,
+                        int64_t begin, int64_t end) {
+  const ChannelDotLayout& layout = params.layout;
+  const int64_t channels = layout.channel.size, samples = layout.sample.size;
+  while (begin < end) {
+    const int64_t c = begin % channels, n = begin / channels % samples;
+    const int64_t first = begin / channels / samples * block_length;
+    const int64_t count = std::min(block_length, layout.positions - first);
+    const Offset sample = offset_in(layout.sample, n), channel = offset_in(layout.channel, c);
+    const T* x = static_cast<const T*>(params.x) + sample.x + channel.x + first;
+    const T* g = static_cast<const T*>(params.g) + sample.g + channel.g + first;
+    for (const int64_t row = std::min(end, begin + channels - c); begin < row; ++begin) {
+      sums[begin] = sum_lanes(dot_lanes(x, g, count));
+      x += layout.channel.x_stride;
+      g += layout.channel.g_stride;
+    }
+  }
+}
+
+// The same for any strides.
+template <class T>
+void channel_dot_by_run(const ChannelDotParams& params, int64_t block_length, Accumulator<T>* sums,
                         int64_t begin, int64_t end) {
   const ChannelDotLayout& layout = params.layout;
   const int64_t channels = layout.channel.size, samples = layout.sample.size;
@@ -84,23 +114,36 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Ac
 }
 
 constexpr int kChannelTile = 512;  // accumulators held on the stack
-constexpr int kPositionGroup = 8;  // positions summed in registers before the accumulator is met
+// So many vectors of channels, at most, have their sums in registers while positions are read in
+// their order: up to 256 channels (AVX-512), memory is then read without a jump.
+constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 16 : CCP_VECTOR_BYTES == 32 ? 4 : 2;
+constexpr int64_t kPositionGroup = 64;  // positions summed in registers before `acc` is met
 
-// acc[0, lanes) += sum over `group` positions of x * g, one vector of channels wide.
-template <int group, class T>
-CCP_INLINE void add_vector(const T* x, const T* g, const Dim& dim, Accumulator<T>* acc) {
+// acc[c] += sum over `count` positions of x[p, c] * g[p, c], `columns` vectors of channels wide.
+template <int columns, class T>
+CCP_INLINE void add_columns(const T* x, const T* g, const Dim& dim, int64_t count,
+                            Accumulator<T>* acc) {
   using Acc = Accumulator<T>;
-  Vector<Acc> sum = load(x) * load(g);
-  for (int p = 1; p < group; ++p) sum += load(x + p * dim.x_stride) * load(g + p * dim.g_stride);
-  sum += load(acc);
-  __builtin_memcpy(acc, &sum, sizeof sum);
+  constexpr int kStep = kLanes<Acc>;
+  Vector<Acc> sums[columns] = {};
+  for (int64_t p = 0; p < count; ++p, x += dim.x_stride, g += dim.g_stride)
+    for (int i = 0; i < columns; ++i) sums[i] += load(x + i * kStep) * load(g + i * kStep);
+  for (int i = 0; i < columns; ++i) {
+    sums[i] += load(acc + i * kStep);
+    __builtin_memcpy(acc + i * kStep, &sums[i], sizeof sums[i]);
+  }
 }
 
-template <int group, class T>
-CCP_INLINE void add_position_group(const T* x, const T* g, const Dim& dim, int64_t channels,
-                                   Accumulator<T>* acc) {
-  constexpr int kStep = kLanes<Accumulator<T>>;
-  for (int64_t c = 0; c < channels; c += kStep) add_vector<group>(x + c, g + c, dim, acc + c);
+// The same for `channels` channels, whole vectors: as wide as possible, then half as wide.
+template <int columns, class T>
+CCP_INLINE void add_channels(const T* x, const T* g, const Dim& dim, int64_t count,
+                             int64_t channels, Accumulator<T>* acc) {
+  constexpr int kWidth = columns * kLanes<Accumulator<T>>;
+  int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth)
+    add_columns<columns>(x + c, g + c, dim, count, acc + c);
+  if constexpr (columns > 1)
+    add_channels<columns / 2>(x + c, g + c, dim, count, channels - c, acc + c);
 }
 
 // How many of `count` positions may be read `excess` elements beyond their last channel without
@@ -119,13 +162,10 @@ CCP_INLINE void add_positions(const T* x, const T* g, const Dim& dim, int64_t co
   constexpr int kStep = kLanes<Accumulator<T>>;
   const int64_t padded = ceil_div(channels, kStep) * kStep;
   const int64_t readable = readable_positions(dim, padded - channels, count);
-  int64_t p = 0;
-  for (; p + kPositionGroup <= readable; p += kPositionGroup)
-    add_position_group<kPositionGroup>(x + p * dim.x_stride, g + p * dim.g_stride, dim, channels,
-                                       acc);
-  for (; p < readable; ++p)
-    add_position_group<1>(x + p * dim.x_stride, g + p * dim.g_stride, dim, channels, acc);
-  for (; p < count; ++p)
+  for (int64_t p = 0; p < readable; p += kPositionGroup)
+    add_channels<kColumns>(x + p * dim.x_stride, g + p * dim.g_stride, dim,
+                           std::min(kPositionGroup, readable - p), padded, acc);
+  for (int64_t p = readable; p < count; ++p)
     for (int64_t c = 0; c < channels; ++c)
       acc[c] += widen(x[p * dim.x_stride + c]) * widen(g[p * dim.g_stride + c]);
 }

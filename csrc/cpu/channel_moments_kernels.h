@@ -4,14 +4,6 @@
 
 namespace ccp::cpu::CCP_ISA {
 
-// Integers as wide as the accumulator's type, to count with.
-template <class Acc>
-using CountElement = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
-template <class Acc>
-struct CountOf {
-  typedef CountElement<Acc> type __attribute__((vector_size(64)));
-};
-
 // Lanes [first, first + kLanes<double>) of `lanes`, whose elements are of type Element.
 template <class Element, class Lanes>
 CCP_INLINE Vector<double> widen_lanes(const Lanes& lanes, int first) {
@@ -26,9 +18,8 @@ CCP_INLINE Vector<double> widen_lanes(const Lanes& lanes, int first) {
 template <class Acc>
 struct LaneMoments {
   using V = Vector<Acc>;
-  using Count = typename CountOf<Acc>::type;
   V sum{}, square_sum{};
-  Count zeros{};
+  Integers<Acc> zeros{};
   V minimum = V{} + static_cast<Acc>(HUGE_VAL), maximum = V{} - static_cast<Acc>(HUGE_VAL);
 
   CCP_INLINE void add(V value) {
@@ -41,10 +32,8 @@ struct LaneMoments {
 
   // Adds the lanes of `value` from `first` on; the others were added before.
   CCP_INLINE void add_from(int first, V value) {
-    Count index;
-    for (int i = 0; i < kLanes<Acc>; ++i) index[i] = i;
-    const Count mask = index >= first;
-    const V counted = bit_cast<V>(bit_cast<Count>(value) & mask);
+    const Integers<Acc> mask = lanes_from<Acc>(first);
+    const V counted = masked<Acc>(value, mask);
     sum += counted;
     square_sum += counted * counted;
     zeros -= (value == 0) & mask;
@@ -57,7 +46,7 @@ struct LaneMoments {
     for (int i = 0; i < kLanes<Acc>; i += kLanes<double>) {
       sums += widen_lanes<Acc>(sum, i);
       squares += widen_lanes<Acc>(square_sum, i);
-      counts += widen_lanes<CountElement<Acc>>(zeros, i);
+      counts += widen_lanes<LaneInteger<Acc>>(zeros, i);
     }
     Acc least = minimum[0], greatest = maximum[0];
     for (int i = 1; i < kLanes<Acc>; ++i) {
@@ -75,7 +64,7 @@ struct LaneMoments {
       for (int k = 0; k < kMomentRows; ++k) row[k] = load(rows + k * stride + i);
       row[0] += widen_lanes<Acc>(sum, i);
       row[1] += widen_lanes<Acc>(square_sum, i);
-      row[2] += widen_lanes<CountElement<Acc>>(zeros, i);
+      row[2] += widen_lanes<LaneInteger<Acc>>(zeros, i);
       const Vector<double> least = widen_lanes<Acc>(minimum, i);
       const Vector<double> greatest = widen_lanes<Acc>(maximum, i);
       row[3] = least < row[3] ? least : row[3];

@@ -38,6 +38,30 @@ CCP_INLINE Vector<T> load(const T* address) {
   return value;
 }
 
+// Integers of the accumulator's width: to count with, and as masks.
+template <class Acc>
+using LaneInteger = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
+template <class Acc>
+struct IntegersOf {
+  typedef LaneInteger<Acc> type __attribute__((vector_size(64)));
+};
+template <class Acc>
+using Integers = typename IntegersOf<Acc>::type;
+
+// All bits of the lanes from `first` on, none of those before.
+template <class Acc>
+CCP_INLINE Integers<Acc> lanes_from(int first) {
+  Integers<Acc> index;
+  for (int i = 0; i < kLanes<Acc>; ++i) index[i] = i;
+  return index >= first;
+}
+
+// The lanes that the mask has; zero elsewhere, even where the value is not finite.
+template <class Acc>
+CCP_INLINE Vector<Acc> masked(Vector<Acc> value, Integers<Acc> mask) {
+  return bit_cast<Vector<Acc>>(bit_cast<Integers<Acc>>(value) & mask);
+}
+
 // The 16-bit types need the processor's own widening instructions: what the compiler makes of the
 // portable notation is several times slower.
 #if CCP_VECTOR_BYTES == 64

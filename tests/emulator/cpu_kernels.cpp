@@ -24,7 +24,7 @@ using ChannelDotKernel = void (*)(const ChannelDotParams&, int64_t, ccp::Accumul
 
 template <class T>
 void check_channel_dot(const std::string& isa, ChannelDotKernel<T> by_row,
-                       ChannelDotKernel<T> by_position) {
+                       ChannelDotKernel<T> by_run, ChannelDotKernel<T> by_position) {
   for (const testing::Case& test : testing::channel_dot_cases()) {
     std::mt19937 random(7);
     const auto x = testing::random_values<T>(testing::extent(test, test.x_strides), random);
@@ -39,12 +39,16 @@ void check_channel_dot(const std::string& isa, ChannelDotKernel<T> by_row,
     const auto compare = [&](const std::string& name, ChannelDotKernel<T> kernel, int64_t items) {
       auto sums =
           testing::unwritten<ccp::Accumulator<T>>(static_cast<int64_t>(expected.sum.size()));
-      kernel(params, params.layout.positions, sums.data(), 0, items);
+      const int64_t parts[] = {0, items / 3, items};
+      for (int i = 0; i < 2; ++i)
+        kernel(params, params.layout.positions, sums.data(), parts[i], parts[i + 1]);
       for (size_t i = 0; i < sums.size(); ++i)
         testing::expect_close(isa + ", " + name + ", " + test.name, static_cast<int64_t>(i),
                               sums[i], expected.sum[i], expected.magnitude[i]);
     };
-    compare("by row", by_row, static_cast<int64_t>(expected.sum.size()));
+    const int64_t rows = static_cast<int64_t>(expected.sum.size());
+    if (params.layout.kind == ccp::LayoutKind::kRows) compare("by row", by_row, rows);
+    compare("by run", by_run, rows);
     if (unit_stride(params.layout.channel))
       compare("by position", by_position, params.layout.sample.size);
   }
@@ -82,20 +86,22 @@ void check_weighted_gram(const std::string& isa, int64_t width, Pack pack, Add a
   }
 }
 
-#define CHECK_ISA(isa)                                                                            \
-  do {                                                                                            \
-    using namespace ccp::cpu::isa;                                                                \
-    std::printf("%s\n", #isa);                                                                    \
-    check_channel_dot<float>(#isa, channel_dot_by_row<float>, channel_dot_by_position<float>);    \
-    check_channel_dot<double>(#isa, channel_dot_by_row<double>, channel_dot_by_position<double>); \
-    check_channel_dot<ccp::BFloat16>(#isa, channel_dot_by_row<ccp::BFloat16>,                     \
-                                     channel_dot_by_position<ccp::BFloat16>);                     \
-    check_channel_dot<ccp::Half>(#isa, channel_dot_by_row<ccp::Half>,                             \
-                                 channel_dot_by_position<ccp::Half>);                             \
-    check_weighted_gram<float>(#isa, panel_width<float>(), pack_panel<float, float>,              \
-                               add_tile<float>);                                                  \
-    check_weighted_gram<double>(#isa, panel_width<double>(), pack_panel<float, double>,           \
-                                add_tile<double>);                                                \
+#define CHECK_CHANNEL_DOT(name, type)                                               \
+  check_channel_dot<type>(name, channel_dot_by_row<type>, channel_dot_by_run<type>, \
+                          channel_dot_by_position<type>)
+
+#define CHECK_ISA(isa)                                                                  \
+  do {                                                                                  \
+    using namespace ccp::cpu::isa;                                                      \
+    std::printf("%s\n", #isa);                                                          \
+    CHECK_CHANNEL_DOT(#isa, float);                                                     \
+    CHECK_CHANNEL_DOT(#isa, double);                                                    \
+    CHECK_CHANNEL_DOT(#isa, ccp::BFloat16);                                             \
+    CHECK_CHANNEL_DOT(#isa, ccp::Half);                                                 \
+    check_weighted_gram<float>(#isa, panel_width<float>(), pack_panel<float, float>,    \
+                               add_tile<float>);                                        \
+    check_weighted_gram<double>(#isa, panel_width<double>(), pack_panel<float, double>, \
+                                add_tile<double>);                                      \
   } while (0)
 
 }  // namespace
