@@ -93,7 +93,7 @@ def measure(
     work = operation.work(case)
     cold = operation.cold and not effort.warm
     if cold and limits.floor(work)[1] == "memory":
-        functions[YARDSTICK] = _read
+        functions[YARDSTICK] = _reader(case, work)
     seconds = _times(operation, case, functions, effort, cold)
     rows = [
         of_case(operation, case, effort)
@@ -228,8 +228,23 @@ def _times(
     return interleaved(functions, rounds, 1, lambda: next(turns), device=case.device, calls=calls)
 
 
+def _reader(case: Case, work: Work) -> Callable:
+    """Reads the inputs as often as the operator does: two of them side by side on a CPU."""
+    side_by_side = work.streams == 2 and torch.device(case.device).type == "cpu"
+    return _read_two if side_by_side else _read
+
+
 def _read(*inputs) -> None:
     """Read every tensor once, as one stream of float32."""
     for x in inputs:
         if isinstance(x, Tensor):
-            x.as_strided((x.numel(),), (1,)).view(torch.float32).sum()
+            _stream(x).sum()
+
+
+def _read_two(x: Tensor, g: Tensor) -> None:
+    torch.dot(_stream(x), _stream(g))
+
+
+def _stream(x: Tensor) -> Tensor:
+    """The tensor's memory in its order, as float32."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.float32)

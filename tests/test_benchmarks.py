@@ -293,8 +293,10 @@ def test_targets_of_matrix_products_are_judged_where_they_hold() -> None:
 def test_targets_of_the_cpu_are_apart() -> None:
     row = gpu_row("channel_dot", [4, 64, 56, 56], **{"% of two-stream read": 90.5})
     eager = gpu_row("channel_dot", [4, 64, 56, 56], "eager", **{"time over ours": 1.9})
+    read = gpu_row("channel_dot", [4, 64, 56, 56], "read", **{"time over ours": 0.95})
     cold, warm = ({"device": "cpu", "inputs": inputs} for inputs in ("cold", "warm"))
-    assert judged([row | cold, eager | cold]) == {
+    assert judged([row | cold, eager | cold, read | cold]) == {
+        "channel_dot on a CPU: a read of the same two inputs over ours, mean": (0.95, "yes"),
         "channel_dot on a CPU: % of two-stream read, mean": (pytest.approx(90.5), "yes"),
         "channel_dot on a CPU, bfloat16, from memory: eager over ours, mean": (1.9, "no"),
     }
