@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void multiply_panels(const Acc* left, cons
   std::fill(&tile[0][0], &tile[0][0] + kSide * kSide, Acc{0});
   for (int64_t d = 0; d < depth; d += kTileDepth) {
     const int64_t stretch = std::min(kTileDepth, depth - d);
-    for (int r = 0; r < rows; r += kTileRows) {
+    for (int r = 0; r < kSide && r < rows; r += kTileRows) {
       const Acc *row = left + d * kSide + r, *column = right + d * kSide;
       if (upper && r >= kHalf) {
         add_rows<1>(row, column + kHalf, stretch, &tile[r][kHalf]);
