@@ -30,7 +30,8 @@ DRIVERS = {
     "mma": ["plain", "address", "thread"],
     "map_similarity": ["plain", "address", "thread"],
     "channel_moments": ["plain", "address", "thread"],
-    "cpu_kernels": ["address"],
+    "cpu_channel_dot": ["address"],
+    "cpu_weighted_gram": ["address"],
     "cpu_patches": ["address"],
     "cpu_map_similarity": ["address"],
     "cpu_channel_moments": ["address"],
@@ -128,9 +129,7 @@ def test_kernels_match_double_references(run: Run, driver: str, sanitizer: str) 
     assert finished.stdout.endswith("0 failures\n")
 
 
-@pytest.mark.parametrize(
-    "driver", ["cpu_kernels", "cpu_patches", "cpu_map_similarity", "cpu_channel_moments"]
-)
+@pytest.mark.parametrize("driver", [driver for driver in DRIVERS if driver.startswith("cpu_")])
 def test_cpu_kernels_match_double_references_in_every_instruction_set(
     run: Run, driver: str
 ) -> None:

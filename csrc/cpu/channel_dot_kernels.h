@@ -41,7 +41,7 @@ CCP_INLINE Accumulator<T> sum_contiguous(const T* x, int64_t count) {
   for (; i + kStep <= count; i += kStep) acc[0] += load(x + i);
   Acc tail = 0;
   for (; i < count; ++i) tail += widen(x[i]);
-  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+  return sum_lanes<Accumulator<T>>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
 }
 
 template <class T>
@@ -57,7 +57,7 @@ CCP_INLINE Accumulator<T> dot_strided(const T* x, const T* g, const Dim& dim, in
 
 template <class T>
 CCP_INLINE Accumulator<T> dot_run(const T* x, const T* g, const Dim& dim, int64_t count) {
-  if (unit_stride(dim)) return sum_lanes(dot_lanes(x, g, count));
+  if (unit_stride(dim)) return sum_lanes<Accumulator<T>>(dot_lanes(x, g, count));
   if (dim.x_stride == 1 && dim.g_stride == 0) return widen(*g) * sum_contiguous(x, count);
   if (dim.x_stride == 0 && dim.g_stride == 1) return widen(*x) * sum_contiguous(g, count);
   return dot_strided(x, g, dim, count);
@@ -78,7 +78,7 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Ac
     const T* x = static_cast<const T*>(params.x) + sample.x + channel.x + first;
     const T* g = static_cast<const T*>(params.g) + sample.g + channel.g + first;
     for (const int64_t row = std::min(end, begin + channels - c); begin < row; ++begin) {
-      sums[begin] = sum_lanes(dot_lanes(x, g, count));
+      sums[begin] = sum_lanes<Accumulator<T>>(dot_lanes(x, g, count));
       x += layout.channel.x_stride;
       g += layout.channel.g_stride;
     }
@@ -116,7 +116,7 @@ void channel_dot_by_run(const ChannelDotParams& params, int64_t block_length, Ac
 constexpr int kChannelTile = 512;  // accumulators held on the stack
 // So many vectors of channels, at most, have their sums in registers while positions are read in
 // their order: up to 256 channels (AVX-512), memory is then read without a jump.
-constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 16 : CCP_VECTOR_BYTES == 32 ? 4 : 2;
+constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 16 : 8;
 constexpr int64_t kPositionGroup = 64;  // positions summed in registers before `acc` is met
 
 // acc[c] += sum over `count` positions of x[p, c] * g[p, c], `columns` vectors of channels wide.
@@ -130,7 +130,7 @@ CCP_INLINE void add_columns(const T* x, const T* g, const Dim& dim, int64_t coun
     for (int i = 0; i < columns; ++i) sums[i] += load(x + i * kStep) * load(g + i * kStep);
   for (int i = 0; i < columns; ++i) {
     sums[i] += load(acc + i * kStep);
-    __builtin_memcpy(acc + i * kStep, &sums[i], sizeof sums[i]);
+    store(acc + i * kStep, sums[i]);
   }
 }
 

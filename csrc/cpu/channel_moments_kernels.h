@@ -108,8 +108,7 @@ struct LaneMoments {
       const Vector<double> greatest = widen_lanes<Acc>(maximum, i);
       row[3] = least < row[3] ? least : row[3];
       row[4] = greatest > row[4] ? greatest : row[4];
-      for (int k = 0; k < kMomentRows; ++k)
-        __builtin_memcpy(rows + k * stride + i, &row[k], sizeof row[k]);
+      for (int k = 0; k < kMomentRows; ++k) store(rows + k * stride + i, row[k]);
     }
   }
 };
@@ -164,7 +163,8 @@ class RunMoments {
 
   CCP_INLINE Moments total() {
     flush();
-    Moments total{sum_lanes(sum_), sum_lanes(square_sum_), sum_lanes(zeros_)};
+    Moments total{sum_lanes<double>(sum_), sum_lanes<double>(square_sum_),
+                  sum_lanes<double>(zeros_)};
     for (int i = 0; i < kStep; ++i) {
       total.minimum = std::min<double>(total.minimum, lanes_.minimum[i]);
       total.maximum = std::max<double>(total.maximum, lanes_.maximum[i]);
@@ -243,7 +243,7 @@ void channel_moments_by_row(const ChannelMomentsParams& params, int64_t block_le
   }
 }
 
-constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 4 : 1;  // vectors of channels in registers
+constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of channels in registers
 
 // Adds `count` positions of `columns` vectors of channels to `rows`, [kMomentRows, channels].
 template <int columns, class T>

@@ -4,10 +4,9 @@
 // centred by its mean and followed by its terms; a tile of similarities is then made from the
 // product of two panels.
 #include "csrc/cpu/tile_product.h"
-#include "csrc/cpu/vector.h"
-// After both of them.
+// After it.
 #include "csrc/cpu/transpose.h"
-// After all of them.
+// After both of them.
 #include "csrc/cpu/pack_run.h"
 
 namespace ccp::cpu::CCP_ISA {
@@ -30,7 +29,7 @@ int64_t packed_size(int64_t positions) {
 
 template <int kVectors, class Acc>
 struct PanelSums {
-  Native<Acc> first[kVectors], second[kVectors];
+  Vector<Acc> first[kVectors], second[kVectors];
 
   CCP_INLINE PanelSums& operator+=(const PanelSums& other) {
     for (int h = 0; h < kVectors; ++h) {
@@ -49,7 +48,7 @@ CCP_INLINE PanelSums<kVectors, Acc> sum_positions(Acc* panel, int64_t positions,
     const int64_t end = std::min(begin + kSumBlock, positions);
     PanelSums<kVectors, Acc> block{};
     for (int64_t p = begin; p < end; ++p) {
-      Native<Acc> values[kVectors];
+      Vector<Acc> values[kVectors];
       __builtin_memcpy(values, panel + p * kPanel<Acc>, sizeof values);
       visit(values, block);
       __builtin_memcpy(panel + p * kPanel<Acc>, values, sizeof values);
@@ -64,9 +63,9 @@ CCP_INLINE PanelSums<kVectors, Acc> sum_positions(Acc* panel, int64_t positions,
 // centred map is corrected for (Chan, Golub and LeVeque, 1983).
 template <int kVectors, class Acc>
 CCP_INLINE void centre(SimilarityKind kind, Acc scale, Acc* panel, int64_t positions) {
-  Native<Acc> origin[kVectors];
+  Vector<Acc> origin[kVectors];
   __builtin_memcpy(origin, panel, sizeof origin);
-  const auto add_differences = [&](Native<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
+  const auto add_differences = [&](Vector<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
                                    __attribute__((always_inline)) {
                                      for (int h = 0; h < kVectors; ++h)
                                        sums.first[h] += values[h] - origin[h];
@@ -74,9 +73,9 @@ CCP_INLINE void centre(SimilarityKind kind, Acc scale, Acc* panel, int64_t posit
   const Acc count = static_cast<Acc>(positions);
   const PanelSums<kVectors, Acc> differences =
       sum_positions<kVectors>(panel, positions, add_differences);
-  Native<Acc> mean[kVectors];
+  Vector<Acc> mean[kVectors];
   for (int h = 0; h < kVectors; ++h) mean[h] = origin[h] + differences.first[h] / count;
-  const auto centre_values = [&](Native<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
+  const auto centre_values = [&](Vector<Acc>(&values)[kVectors], PanelSums<kVectors, Acc>& sums)
                                  __attribute__((always_inline)) {
                                    for (int h = 0; h < kVectors; ++h) {
                                      values[h] = (values[h] - mean[h]) * scale;
@@ -86,8 +85,8 @@ CCP_INLINE void centre(SimilarityKind kind, Acc scale, Acc* panel, int64_t posit
                                  };
   const PanelSums<kVectors, Acc> centred = sum_positions<kVectors>(panel, positions, centre_values);
   Acc* terms = panel + positions * kPanel<Acc>;
-  for (int map = 0; map < kVectors * kSquare<Acc>; ++map) {
-    const int h = map / kSquare<Acc>, lane = map % kSquare<Acc>;
+  for (int map = 0; map < kVectors * kLanes<Acc>; ++map) {
+    const int h = map / kLanes<Acc>, lane = map % kLanes<Acc>;
     const Acc offset = centred.first[h][lane] / count;
     const Acc variance = at_least(Acc{0}, centred.second[h][lane] / count - offset * offset);
     const Acc needed_mean = map_mean(kind, mean[h][lane] * scale, offset);
@@ -119,7 +118,7 @@ void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, in
   const auto stride = [&](const Dim& dim) { return dim.*side.stride; };
   const int64_t first = panel * kPanel<Acc>;
   const int64_t channels = std::min<int64_t>(kPanel<Acc>, layout.channel.size - first);
-  if (channels % kSquare<Acc> != 0) std::fill(to, to + layout.positions * kPanel<Acc>, Acc{0});
+  if (channels % kLanes<Acc> != 0) std::fill(to, to + layout.positions * kPanel<Acc>, Acc{0});
   const T* maps = static_cast<const T*>(params.maps.*side.data) + sample * stride(layout.sample) +
                   first * stride(layout.channel);
   const int64_t length = layout.innermost().size;
@@ -133,7 +132,7 @@ void pack_maps(const MapSimilarityParams& params, bool right, int64_t sample, in
              to + begin * kPanel<Acc>);
   }
   const Acc scale = static_cast<Acc>(params.scale);
-  if (channels <= kSquare<Acc>) {
+  if (channels <= kLanes<Acc>) {
     centre<1>(params.kind, scale, to, layout.positions);
   } else {
     centre<2>(params.kind, scale, to, layout.positions);
@@ -146,7 +145,7 @@ constexpr int64_t kProductDepth = 128;  // two panels of this depth fit in the f
 template <SimilarityKind kind, int kVectors, class Acc>
 CCP_INLINE void add_columns(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
                             bool diagonal, Acc* sums) {
-  constexpr int kSide = kPanel<Acc>, kColumns = kVectors * kSquare<Acc>;
+  constexpr int kSide = kPanel<Acc>, kColumns = kVectors * kLanes<Acc>;
   alignas(64) Acc products[kSide][kColumns] = {};
   for (int64_t begin = 0; begin < positions; begin += kProductDepth) {
     const int64_t depth = std::min(kProductDepth, positions - begin);
@@ -176,7 +175,7 @@ CCP_INLINE void add_columns(const Acc* left, const Acc* right, int64_t positions
 template <SimilarityKind kind, class Acc>
 void add_similarities(const Acc* left, const Acc* right, int64_t positions, int64_t rows,
                       int64_t columns, bool diagonal, Acc* sums) {
-  if (columns <= kSquare<Acc>) {
+  if (columns <= kLanes<Acc>) {
     add_columns<kind, 1>(left, right, positions, rows, diagonal, sums);
   } else {
     add_columns<kind, 2>(left, right, positions, rows, diagonal, sums);

@@ -8,23 +8,22 @@ template <class T>
 CCP_INLINE void pack_run(const T* maps, int64_t channel_stride, int64_t position_stride,
                          int64_t count, int64_t channels, Accumulator<T>* to) {
   using Acc = Accumulator<T>;
-  constexpr int kSide = kSquare<Acc>, kStep = kLanes<Acc>;
+  constexpr int kSide = kLanes<Acc>;
   int64_t p = 0;
   if (position_stride == 1) {
-    for (; p + kStep <= count; p += kStep) {
+    for (; p + kSide <= count; p += kSide) {
       int64_t c = 0;
       for (; c + kSide <= channels; c += kSide)
         transpose_block(maps + c * channel_stride + p, channel_stride, to + p * kPanel<Acc> + c);
       for (; c < channels; ++c)
-        for (int i = 0; i < kStep; ++i)
+        for (int i = 0; i < kSide; ++i)
           to[(p + i) * kPanel<Acc> + c] = widen(maps[c * channel_stride + p + i]);
     }
   } else if (channel_stride == 1) {
     for (; p < count; ++p) {
       int64_t c = 0;
-      for (; c + kStep <= channels; c += kStep) {
-        const Vector<Acc> wide = load(maps + p * position_stride + c);
-        __builtin_memcpy(to + p * kPanel<Acc> + c, &wide, sizeof wide);
+      for (; c + kSide <= channels; c += kSide) {
+        store<Acc>(to + p * kPanel<Acc> + c, load(maps + p * position_stride + c));
       }
       for (; c < channels; ++c) to[p * kPanel<Acc> + c] = widen(maps[p * position_stride + c]);
     }

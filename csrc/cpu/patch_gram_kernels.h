@@ -2,8 +2,7 @@
 // include guard.
 #include "csrc/cpu/packed_grid.h"
 #include "csrc/cpu/panels.h"
-#include "csrc/cpu/vector.h"
-// After both of them.
+// After them.
 #include "csrc/cpu/transpose.h"
 // After all of them.
 #include "csrc/cpu/pack_run.h"
@@ -81,7 +80,7 @@ CCP_INLINE void pack_whole(const PatchSource& source, int64_t group, int64_t pan
   using Acc = Accumulator<T>;
   const int64_t channel = panel * kPanel<Acc>;
   const int64_t channels = std::min<int64_t>(kPanel<Acc>, source.channels - channel);
-  if (channels % kSquare<Acc> != 0) std::fill(packed, packed + depth * kPanel<Acc>, Acc{0});
+  if (channels % kLanes<Acc> != 0) std::fill(packed, packed + depth * kPanel<Acc>, Acc{0});
   const int64_t width = source.size[1], plane = source.size[0] * width;
   const bool one_run = source.position_stride[0] == width * source.position_stride[1];
   const int64_t length = one_run ? plane : width;
@@ -105,7 +104,7 @@ void pack_patches(const PatchProductParams& params, const PatchSource& source, i
                   int64_t panel, int64_t begin, int64_t depth, Acc* packed) {
   if constexpr (std::is_same_v<Acc, Accumulator<T>>)
     if (is_whole(source)) return pack_whole<T>(source, group, panel, begin, depth, packed);
-  constexpr int kSide = kSquare<Acc>;
+  constexpr int kSide = kLanes<Acc>;
   for (int64_t d = 0; d < depth; d += kColumnRows) {
     const int64_t count = std::min(kColumnRows, depth - d);
     for (int c = 0; c < kPanel<Acc>; c += kSide) {
@@ -127,13 +126,13 @@ constexpr int64_t kChain = 128;  // positions summed before the sum joins the ot
 template <int kVectors, class Acc>
 CCP_INLINE void multiply_grid(const Acc* left, const PackedGrid& left_grid, const Acc* right,
                               const PackedGrid& right_grid, int64_t rows, int64_t columns,
-                              Acc (&tile)[kTileRows][kVectors * kSquare<Acc>]) {
-  Native<Acc> sums[kTileRows][kVectors] = {};
+                              Acc (&tile)[kTileRows][kVectors * kLanes<Acc>]) {
+  Vector<Acc> sums[kTileRows][kVectors] = {};
   for (int64_t y = 0; y < rows; ++y) {
     const Acc* l = left + left_grid.first + y * left_grid.row_step;
     const Acc* r = right + right_grid.first + y * right_grid.row_step;
     for (int64_t x = 0; x < columns; ++x) {
-      Native<Acc> values[kVectors];
+      Vector<Acc> values[kVectors];
       __builtin_memcpy(values, r, sizeof values);
       for (int i = 0; i < kTileRows; ++i)
         for (int v = 0; v < kVectors; ++v) sums[i][v] += l[i] * values[v];
@@ -156,11 +155,11 @@ CCP_INLINE void add_grid(const Acc* left, PackedGrid left_grid, const Acc* right
         return grid;
       };
       for (int64_t map = 0; map < left_maps; map += kTileRows) {
-        alignas(64) Acc block[kTileRows][kVectors * kSquare<Acc>];
+        alignas(64) Acc block[kTileRows][kVectors * kLanes<Acc>];
         multiply_grid<kVectors>(left + map, at(left_grid), right, at(right_grid),
                                 std::min(height, rows - y), std::min(width, columns - x), block);
         for (int i = 0; i < kTileRows; ++i)
-          for (int c = 0; c < kVectors * kSquare<Acc>; ++c)
+          for (int c = 0; c < kVectors * kLanes<Acc>; ++c)
             tile[(map + i) * kPanel<Acc> + c] += block[i][c];
       }
     }
@@ -173,7 +172,7 @@ template <class Acc>
 void add_correlation(const Acc* left, const PackedGrid& left_grid, const Acc* right,
                      const PackedGrid& right_grid, int64_t rows, int64_t columns, int64_t left_maps,
                      int64_t right_maps, Acc* tile) {
-  if (right_maps <= kSquare<Acc>) {
+  if (right_maps <= kLanes<Acc>) {
     add_grid<1>(left, left_grid, right, right_grid, rows, columns, left_maps, tile);
   } else {
     add_grid<2>(left, left_grid, right, right_grid, rows, columns, left_maps, tile);

@@ -1,17 +1,8 @@
 // Products of two panels, [depth][kPanel] each, held in registers kTileRows rows at a time.
 // Included once per instruction set, hence no include guard.
-namespace ccp::cpu::CCP_ISA {
+#include "csrc/cpu/vector.h"
 
-template <class Acc>
-struct NativeVector;
-template <>
-struct NativeVector<float> {
-  typedef float type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
-template <>
-struct NativeVector<double> {
-  typedef double type __attribute__((vector_size(CCP_VECTOR_BYTES)));
-};
+namespace ccp::cpu::CCP_ISA {
 
 constexpr int kTileRows = CCP_VECTOR_BYTES == 64 ? 8 : 4;  // 2 * kTileRows registers accumulate
 template <class Acc>
@@ -23,16 +14,14 @@ int panel_width() {
 }
 
 template <class Acc>
-inline __attribute__((always_inline)) typename NativeVector<Acc>::type multiply_add(
-    Acc left, typename NativeVector<Acc>::type right, typename NativeVector<Acc>::type sum) {
+CCP_INLINE Vector<Acc> multiply_add(Acc left, Vector<Acc> right, Vector<Acc> sum) {
   return sum + left * right;
 }
 
 #ifdef CCP_PAIRS
 // Each word is two bfloat16 values.
 template <>
-inline __attribute__((always_inline)) NativeVector<float>::type multiply_add<float>(
-    float left, NativeVector<float>::type right, NativeVector<float>::type sum) {
+CCP_INLINE Vector<float> multiply_add<float>(float left, Vector<float> right, Vector<float> sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
 }
 #endif
@@ -40,12 +29,10 @@ inline __attribute__((always_inline)) NativeVector<float>::type multiply_add<flo
 // tile[r][c] = sum over d of left[d][r] * right[d][c] for kTileRows rows and kVectors (1 or 2)
 // vectors of columns; the tile's rows are kPanel apart.
 template <int kVectors = 2, class Acc>
-inline __attribute__((always_inline)) void multiply_rows(const Acc* left, const Acc* right,
-                                                         int64_t depth, Acc* tile) {
-  using Vector = typename NativeVector<Acc>::type;
-  Vector acc[kTileRows][kVectors] = {};
+CCP_INLINE void multiply_rows(const Acc* left, const Acc* right, int64_t depth, Acc* tile) {
+  Vector<Acc> acc[kTileRows][kVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    Vector column[kVectors];
+    Vector<Acc> column[kVectors];
     __builtin_memcpy(column, right + d * kPanel<Acc>, sizeof column);
     for (int r = 0; r < kTileRows; ++r) {
       const Acc row = left[d * kPanel<Acc> + r];
