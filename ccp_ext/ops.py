@@ -226,9 +226,10 @@ def weighted_grams_(
     Two equal calls give equal bits. How rows are split into parts depends on all the layers of the
     call, so that other companions may change a layer's last bits.
     """
-    matrices = list(S)
+    matrices, rows = list(S), list(a)
     weights = [sigma] * len(matrices) if isinstance(sigma, Tensor) else sigma
-    _call(_weighted_grams, matrices, list(a), None if weights is None else list(weights))
+    if matrices or rows or weights:  # an operator is chosen by its tensors
+        _call(_weighted_grams, matrices, rows, None if weights is None else list(weights))
     return matrices
 
 

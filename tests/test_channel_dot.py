@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from layouts import (
@@ -169,3 +171,23 @@ def test_the_current_stream_is_used(cuda: str) -> None:
         a = ops.channel_dot(x, g)
     torch.cuda.synchronize()
     assert_close_to_reference(a, x, g)
+
+
+@pytest.mark.parametrize(
+    ("value", "factor"), [(3e37, 0.0), (3e37, 1e-5), (2.0, math.inf), (0.0, math.inf)]
+)
+def test_a_gradient_expanded_over_the_positions_multiplies_each_of_them(
+    value: float, factor: float, device: str
+) -> None:
+    x = torch.full((2, 3, 50), value, device=device)  # 50 * 3e37 has no float32
+    x[..., 7] = -1.0
+    g = torch.full((2, 3, 1), factor, device=device).expand(2, 3, 50)
+    expected = ops.channel_dot(x, g.contiguous())
+    torch.testing.assert_close(ops.channel_dot(x, g), expected, equal_nan=True)
+    torch.testing.assert_close(ops.channel_dot(g, x), expected, equal_nan=True)
+    assert expected.isfinite().all() == (factor < 1)
+
+
+def test_equal_terms_at_a_stride_keep_the_error_bound(device: str) -> None:
+    x = torch.full((1, 2, 2 * 8192), 1.1, device=device)[..., ::2]
+    assert_close_to_reference(ops.channel_dot(x, x), x, x)

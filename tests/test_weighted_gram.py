@@ -155,6 +155,13 @@ def test_more_layers_than_one_launch_takes(device: str) -> None:
         assert_added(matrix, torch.zeros_like(matrix), rows, None)
 
 
+def test_no_layers_are_no_work() -> None:
+    assert ops.weighted_grams_([], []) == []
+    assert ops.weighted_grams_([], [], torch.ones(3)) == []
+    with pytest.raises(ValueError, match="weighted_grams_"):
+        ops.weighted_grams_([], [torch.ones(2, 2)])
+
+
 def test_one_sigma_serves_all_layers(device: str) -> None:
     a = [torch.randn(20, C, device=device) for C in (4, 70)]
     sigma = torch.randn(20, device=device)

@@ -7,59 +7,69 @@ namespace ccp::cpu::CCP_ISA {
 // Four independent accumulators hide the latency of the multiply-add.
 constexpr int kChains = 4;
 
-// Lane by lane; the sum of all lanes is x . g. What is left of the last vector is read with the
-// values before it, which are masked.
+// The right-hand side of a product of rows: side by side in memory, or one value for all of x.
 template <class T>
-CCP_INLINE Vector<Accumulator<T>> dot_lanes(const T* x, const T* g, int64_t count) {
+struct Row {
+  const T* g;
+  CCP_INLINE Vector<Accumulator<T>> vector(int64_t i) const { return load(g + i); }
+  CCP_INLINE Accumulator<T> value(int64_t i) const { return widen(g[i]); }
+};
+template <class T>
+struct Constant {
+  Accumulator<T> g;
+  CCP_INLINE Vector<Accumulator<T>> vector(int64_t) const { return g - Vector<Accumulator<T>>{}; }
+  CCP_INLINE Accumulator<T> value(int64_t) const { return g; }
+};
+
+// The sum of x * right. What is left of the last vector is read with the values before it, which
+// are masked.
+template <class T, class Right>
+CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const Right& right, int64_t count) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
   Vector<Acc> acc[kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kStep <= count; i += kChains * kStep)
-    for (int k = 0; k < kChains; ++k) acc[k] += load(x + i + k * kStep) * load(g + i + k * kStep);
-  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * load(g + i);
+    for (int k = 0; k < kChains; ++k)
+      acc[k] += load(x + i + k * kStep) * right.vector(i + k * kStep);
+  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * right.vector(i);
   if (i < count && count >= kStep) {
     const int64_t last = count - kStep;
-    acc[1] +=
-        masked<Acc>(load(x + last) * load(g + last), lanes_from<Acc>(static_cast<int>(i - last)));
+    acc[1] += masked<Acc>(load(x + last) * right.vector(last),
+                          lanes_from<Acc>(static_cast<int>(i - last)));
   } else {
     Acc few = 0;
-    for (; i < count; ++i) few += widen(x[i]) * widen(g[i]);
+    for (; i < count; ++i) few += widen(x[i]) * right.value(i);
     acc[1][0] += few;
   }
-  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+constexpr int64_t kStridedBlock = 256;  // summed in the accumulator's type before the sum joins
+
+template <class T>
+CCP_INLINE double dot_strided(const T* x, const T* g, const Dim& dim, int64_t count) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < count; begin += kStridedBlock) {
+    const int64_t end = std::min(begin + kStridedBlock, count);
+    Accumulator<T> acc[kChains] = {};
+    int64_t i = begin;
+    for (; i + kChains <= end; i += kChains)
+      for (int k = 0; k < kChains; ++k)
+        acc[k] += widen(x[(i + k) * dim.x_stride]) * widen(g[(i + k) * dim.g_stride]);
+    for (; i < end; ++i) acc[0] += widen(x[i * dim.x_stride]) * widen(g[i * dim.g_stride]);
+    sum += (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  }
+  return sum;
 }
 
 template <class T>
-CCP_INLINE Accumulator<T> sum_contiguous(const T* x, int64_t count) {
-  using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>;
-  Vector<Acc> acc[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kStep <= count; i += kChains * kStep)
-    for (int k = 0; k < kChains; ++k) acc[k] += load(x + i + k * kStep);
-  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i);
-  Acc tail = 0;
-  for (; i < count; ++i) tail += widen(x[i]);
-  return sum_lanes<Accumulator<T>>((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
-}
-
-template <class T>
-CCP_INLINE Accumulator<T> dot_strided(const T* x, const T* g, const Dim& dim, int64_t count) {
-  Accumulator<T> acc[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains <= count; i += kChains)
-    for (int k = 0; k < kChains; ++k)
-      acc[k] += widen(x[(i + k) * dim.x_stride]) * widen(g[(i + k) * dim.g_stride]);
-  for (; i < count; ++i) acc[0] += widen(x[i * dim.x_stride]) * widen(g[i * dim.g_stride]);
-  return (acc[0] + acc[1]) + (acc[2] + acc[3]);
-}
-
-template <class T>
-CCP_INLINE Accumulator<T> dot_run(const T* x, const T* g, const Dim& dim, int64_t count) {
-  if (unit_stride(dim)) return sum_lanes<Accumulator<T>>(dot_lanes(x, g, count));
-  if (dim.x_stride == 1 && dim.g_stride == 0) return widen(*g) * sum_contiguous(x, count);
-  if (dim.x_stride == 0 && dim.g_stride == 1) return widen(*x) * sum_contiguous(g, count);
+CCP_INLINE double dot_run(const T* x, const T* g, const Dim& dim, int64_t count) {
+  if (unit_stride(dim)) return dot_contiguous(x, Row<T>{g}, count);
+  if (dim.x_stride == 1 && dim.g_stride == 0)
+    return dot_contiguous(x, Constant<T>{widen(*g)}, count);
+  if (dim.x_stride == 0 && dim.g_stride == 1)
+    return dot_contiguous(g, Constant<T>{widen(*x)}, count);
   return dot_strided(x, g, dim, count);
 }
 
@@ -78,7 +88,7 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Ac
     const T* x = static_cast<const T*>(params.x) + sample.x + channel.x + first;
     const T* g = static_cast<const T*>(params.g) + sample.g + channel.g + first;
     for (const int64_t row = std::min(end, begin + channels - c); begin < row; ++begin) {
-      sums[begin] = sum_lanes<Accumulator<T>>(dot_lanes(x, g, count));
+      sums[begin] = dot_contiguous(x, Row<T>{g}, count);
       x += layout.channel.x_stride;
       g += layout.channel.g_stride;
     }
@@ -115,7 +125,7 @@ void channel_dot_by_run(const ChannelDotParams& params, int64_t block_length, Ac
 
 constexpr int kChannelTile = 512;  // accumulators held on the stack
 // So many vectors of channels, at most, have their sums in registers while positions are read in
-// their order: up to 256 channels (AVX-512), memory is then read without a jump.
+// their order: up to 256 channels (AVX-512; 128 in float64), memory is then read without a jump.
 constexpr int kColumns = CCP_VECTOR_BYTES == 64 ? 16 : 8;
 constexpr int64_t kPositionGroup = 64;  // positions summed in registers before `acc` is met
 

@@ -122,9 +122,9 @@ CCP_INLINE Moments moments_of(Acc value) {
 // Fetches the memory `ahead` elements after those of x; it need not be anybody's.
 template <class T>
 CCP_INLINE void prefetch(const T* x, int64_t count, int64_t ahead) {
-  const char* from = reinterpret_cast<const char*>(x) + ahead * sizeof(T);
-  for (int64_t byte = 0; byte < count * int64_t{sizeof(T)}; byte += 64)
-    __builtin_prefetch(from + byte);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(x) + ahead * sizeof(T);
+  for (uintptr_t byte = 0; byte < count * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + byte));
 }
 
 constexpr int64_t kFlush = 64;  // values added to a lane in the accumulator's type
