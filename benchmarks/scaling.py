@@ -174,10 +174,10 @@ def fitted(rows: Sequence[dict], operator: str, variable: str) -> dict:
 
 @cache
 def bytes_of_sums(network: str) -> int:
-    """The size of all groups' sums, float32: S [C, C], two vectors [C] and one count each."""
+    """What all ranks reduce: of each group S [C, C], two vectors [C], in float32, width, count."""
     model = NETWORKS[network].create().eval()
     image = torch.randn(1, 3, *2 * (NETWORKS[network].image_size,))
-    return sum(4 * (g.channels**2 + 2 * g.channels) + 8 for g in trace(model, image).groups)
+    return sum(4 * (g.channels**2 + 2 * g.channels) + 16 for g in trace(model, image).groups)
 
 
 def ring_seconds(size: int, gpus: int, link: float) -> float:

@@ -80,6 +80,9 @@ def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor | None = None) -> Tensor:
         or a product of ``sigma`` and ``a``, counts as infinite from (2 - 2^-11) 2^127, about
         3.402e38, on. 16 bits without weights and a float64 ``S`` keep infinities.
 
+        On CUDA an ``a`` whose rows are not whole aligned units of 16 bytes is copied, and weights
+        other than contiguous float32 are, in the kernels' own workspace.
+
     Raises:
         ValueError: Shapes, dtypes, strides or devices do not fit, or memory is shared with ``S``.
     """
@@ -186,7 +189,11 @@ def map_similarity(
         NaN of their row and column, on every device. With N = 0 or no positions, all NaN.
 
         float32 maps are centred by their mean before products are summed: a large mean costs no
-        accuracy. Two calls give equal bits, also with another number of CPU threads.
+        accuracy. Moments are float32 (float64 for float64 inputs), so that large numbers
+        overflow to NaN or infinity: for SSIM, which multiplies variances, from about 1e9
+        ``data_range`` on, for the others from about 1e18; for cosine and Pearson, maps whose
+        deviations are below about 1e-22 count as constant. Two calls give equal bits, also with
+        another number of CPU threads.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit, an unknown ``kind``, or ``data_range`` is
@@ -256,7 +263,9 @@ def patch_gram_(
         A: ``[C*kh*kw, C*kh*kw]``, with several groups ``[groups, C/groups*kh*kw, C/groups*kh*kw]``;
             float32 or float64, the last dimension contiguous. Sums are accumulated in its dtype.
         x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16, not wider than ``A``; any
-            strides. Must not share memory with ``A``.
+            strides; on CUDA what is not channels last in whole aligned units of 16 bytes may be
+            copied once, so that channels-last tensors are read fastest. Must not share memory with
+            ``A``.
         kernel_size: One integer or (vertical, horizontal); also below, as in ``torch.nn.Conv2d``.
         stride: At least 1.
         padding: Zeros on each side; at least 0.

@@ -493,8 +493,9 @@ def collect(
     Inside the block every BatchNorm is in eval mode (batch statistics would mix the samples, and
     under them the loss does not depend on the scale of a filter), and parameters do not require
     gradients, which spares their computation; both are put back afterwards. Dropout follows the
-    model's own mode. Autocast works: the
-    statistics are float32 (float64 for a float64 model) whatever the activations are.
+    model's own mode. Autocast works: the statistics are float32 (float64 for a float64 model)
+    whatever the activations are. A model that overwrites an observed tensor (an in-place ReLU
+    behind it) runs forward twice in the first batch, and such tensors are copied from then on.
 
     Args:
         model: the network; the same object (or one with the same module paths) as was traced, or

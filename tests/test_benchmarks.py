@@ -476,8 +476,8 @@ def test_all_reduce_time_is_that_of_a_ring() -> None:
 
 
 def test_bytes_of_sums_count_every_group() -> None:
-    inner = 9 * sum(4 * (c * c + 2 * c) + 8 for c in (16, 32, 64))
-    streams = sum(4 * (c * c + 2 * c) + 8 for c in (16, 16, 32))  # 64 = 16 + 16 + 32 coupled
+    inner = 9 * sum(4 * (c * c + 2 * c) + 16 for c in (16, 32, 64))
+    streams = sum(4 * (c * c + 2 * c) + 16 for c in (16, 16, 32))  # 64 = 16 + 16 + 32 coupled
     assert scaling.bytes_of_sums("resnet56") == inner + streams
 
 
