@@ -190,8 +190,8 @@ def map_similarity(
 
         float32 maps are centred by their mean before products are summed: a large mean costs no
         accuracy. Moments are float32 (float64 for float64 inputs), so that large numbers
-        overflow to NaN or infinity: for SSIM, which multiplies variances, from about 1e9
-        ``data_range`` on, for the others from about 1e18; for cosine and Pearson, maps whose
+        overflow, and results become 0, infinite or NaN: for SSIM, which multiplies variances, from
+        about 3e9 ``data_range`` on, for the others from about 1e18; for cosine and Pearson, maps whose
         deviations are below about 1e-22 count as constant. Two calls give equal bits, also with
         another number of CPU threads.
 
