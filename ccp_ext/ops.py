@@ -189,9 +189,9 @@ def map_similarity(
         NaN of their row and column, on every device. With N = 0 or no positions, all NaN.
 
         float32 maps are centred by their mean before products are summed: a large mean costs no
-        accuracy. Moments are float32 (float64 for float64 inputs), so that large numbers
-        overflow, and results become 0, infinite or NaN: for SSIM, which multiplies variances, from
-        about 3e9 ``data_range`` on, for the others from about 1e18; for cosine and Pearson, maps whose
+        accuracy. Moments are float32 (float64 for float64 inputs), so that large numbers overflow,
+        and results become 0, infinite or NaN: for SSIM, which multiplies variances, from about 3e9
+        ``data_range`` on, for the others from about 1e18; for cosine and Pearson, maps whose
         deviations are below about 1e-22 count as constant. Two calls give equal bits, also with
         another number of CPU threads.
 
