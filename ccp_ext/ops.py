@@ -171,6 +171,8 @@ def map_similarity(
     arXiv 2105.06052). The similarities of single samples are never stored: beside the result, the
     memory taken is some numbers per map and sample and partial results of fixed size, and on a GPU,
     from 65 channels on, copies of tensors whose maps are not whole aligned units of 16 bytes.
+    There samples and tiles of 64 maps or more are spread over the multiprocessors, positions are
+    not, since a similarity is not a sum over them: one sample of up to 64 channels occupies one.
 
     Args:
         x: ``[N, C]``, ``[N, C, L]``, ``[N, C, H, W]`` and so on; a map may be a single number.

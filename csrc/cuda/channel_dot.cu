@@ -28,7 +28,8 @@ void run(const ChannelDotParams& params, const Tensor& out, cudaStream_t stream)
   const int64_t outputs = out.numel();
   const Tensor partial = torch::stable::new_empty(out, {launch.split.count, outputs});
   launch_kernel<T>(params, launch, partial.mutable_data_ptr(), stream);
-  sum_parts<Acc><<<grid_size(ceil_div(outputs, kBlockThreads)), kBlockThreads, 0, stream>>>(
+  const int64_t threads = outputs * part_threads(launch.split.count);
+  sum_parts<Acc><<<grid_size(ceil_div(threads, kBlockThreads)), kBlockThreads, 0, stream>>>(
       static_cast<const Acc*>(partial.const_data_ptr()), launch.split.count, outputs,
       static_cast<Acc*>(params.out));
   check_launch("channel_dot");

@@ -274,18 +274,29 @@ void with_channel_dot_kernel(LayoutKind kind, const ChannelDotLaunch& launch, Us
               : use(channel_dot_rows<RowTraits<T, 1, kBlockThreads, 1, 8>>);
 }
 
-// out[i] = sum over parts of partial[part, i], in the order of the parts.
+template <int kThreads, class Acc>
+__device__ __forceinline__ void sum_parts_by(const Acc* partial, int64_t parts, int64_t count,
+                                             Acc* out) {
+  const int lane = threadIdx.x % kThreads;
+  const int64_t thread = blockIdx.x * static_cast<int64_t>(kBlockThreads) + threadIdx.x;
+  const int64_t groups = static_cast<int64_t>(gridDim.x) * kBlockThreads / kThreads;
+  for (int64_t i = thread / kThreads; i < count; i += groups) {
+    Acc sum = 0;
+#pragma unroll 4
+    for (int64_t part = lane; part < parts; part += kThreads) sum += partial[part * count + i];
+    sum = group_sum<kThreads>(sum);
+    if (lane == 0) out[i] = sum;
+  }
+}
+
+// out[i] = sum over parts of partial[part, i], in an order that follows from their number.
 template <class Acc>
 __global__ void __launch_bounds__(kBlockThreads)
     sum_parts(const Acc* partial, int64_t parts, int64_t count, Acc* out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlockThreads;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kBlockThreads) + threadIdx.x; i < count;
-       i += stride) {
-    Acc sum = 0;
-#pragma unroll 8
-    for (int64_t part = 0; part < parts; ++part) sum += partial[part * count + i];
-    out[i] = sum;
-  }
+  if (part_threads(parts) == 1)
+    sum_parts_by<1>(partial, parts, count, out);
+  else
+    sum_parts_by<32>(partial, parts, count, out);
 }
 
 }  // namespace ccp

@@ -33,6 +33,22 @@ inline Split split_work(int64_t length, int64_t minimum, int64_t granule, int64_
   return {std::max<int64_t>(ceil_div(length, rounded), 1), rounded};
 }
 
+// What makes a part worth a block, of one tensor: a load for each thread.
+constexpr int64_t kLeastPartBytes = kBlockThreads * kVectorBytes;
+
+// The same split, but where its parts leave multiprocessors without a block, shorter ones: about as
+// many as there are multiprocessors, no shorter than `least`, multiples of `granule`.
+inline Split fill_multiprocessors(const Split& split, int64_t length, int64_t least,
+                                  int64_t granule, int64_t blocks) {
+  blocks = std::max<int64_t>(blocks, 1);
+  if (split.count * blocks >= kMultiprocessors) return split;
+  const int64_t wanted = ceil_div(kMultiprocessors, blocks);
+  const int64_t part =
+      std::max(length / wanted / granule * granule, ceil_div(least, granule) * granule);
+  if (part >= split.length) return split;
+  return {ceil_div(length, part), part};
+}
+
 inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(std::min(std::max<int64_t>(blocks, 1), kMaxGrid));
 }
@@ -82,6 +98,18 @@ struct ChannelDotLaunch {
 inline bool strides_divisible(const Dim& dim, int64_t by) {
   return dim.x_stride % by == 0 && dim.g_stride % by == 0;
 }
+
+// Of the positions. What fits in one part stays in one: it needs no second kernel, which would cost
+// more than shorter parts save.
+inline Split split_positions(int64_t length, int64_t minimum, int64_t least, int64_t granule,
+                             int64_t blocks) {
+  const Split split = split_work(length, minimum, granule, blocks);
+  return split.count == 1 ? split : fill_multiprocessors(split, length, least, granule, blocks);
+}
+
+// Neighbouring threads that sum the parts of one output. One thread alone would take longer for
+// many parts than the blocks for x and g.
+CCP_HD constexpr int part_threads(int64_t parts) { return parts > 32 ? 32 : 1; }
 
 // Loads in flight per thread and tensor.
 CCP_HD constexpr int unrolled_loads(int vector) { return vector == 1 ? 8 : 4; }
@@ -182,13 +210,16 @@ inline ChannelDotLaunch plan_rows(const ChannelDotParams& params, int element_si
   const int64_t minimum =
       static_cast<int64_t>(row.threads) * vector * unrolled_loads(vector) / row.at_once;
   const int64_t span = layout.positions + shift;
-  Split split = split_work(span, minimum, vector, row.blocks);
+  const int64_t block_rows = std::clamp<int64_t>(row.rows(), 1, groups);
+  const int64_t least = ceil_div(kLeastPartBytes, block_rows * element_size);
+  Split split = split_positions(span, minimum, least, vector, row.blocks);
   if (split.length > kLongestRowPart) split = {ceil_div(span, kLongestRowPart), kLongestRowPart};
   const int64_t blocks = row.blocks * split.count;
   return {vector, row, 0, split, blocks, grid_size(blocks)};
 }
 
-inline ChannelDotLaunch plan_channels_last(const ChannelDotParams& params, int vector) {
+inline ChannelDotLaunch plan_channels_last(const ChannelDotParams& params, int vector,
+                                           int element_size) {
   const ChannelDotLayout& layout = params.layout;
   const int64_t channel_loads = ceil_div(layout.channel.size, vector);
   // A warp along the channels reads whole cache lines; with few positions, the more.
@@ -196,14 +227,16 @@ inline ChannelDotLaunch plan_channels_last(const ChannelDotParams& params, int v
   const int64_t side = std::min(next_power_of_two(channel_loads), widest);
   const int64_t minimum = kBlockThreads / side * unrolled_loads(vector);
   const int64_t tasks = layout.sample.size * ceil_div(channel_loads, side);
-  const Split split = split_work(layout.positions, minimum, 1, tasks);
+  const int64_t channels = std::clamp<int64_t>(layout.channel.size, 1, side * vector);
+  const int64_t least = ceil_div(kLeastPartBytes, channels * element_size);
+  const Split split = split_positions(layout.positions, minimum, least, 1, tasks);
   const int64_t blocks = tasks * split.count;
   return {vector, {}, static_cast<int>(side), split, blocks, grid_size(blocks)};
 }
 
 inline ChannelDotLaunch plan_channel_dot(const ChannelDotParams& params, int element_size) {
   if (params.layout.kind != LayoutKind::kChannelsLast) return plan_rows(params, element_size);
-  return plan_channels_last(params, vector_width(params, element_size));
+  return plan_channels_last(params, vector_width(params, element_size), element_size);
 }
 
 }  // namespace ccp

@@ -78,8 +78,15 @@ inline ChannelMomentsLaunch plan_moments_rows(const ChannelMomentsParams& params
   rows.whole = whole_rows(params.x, extent, unit, unit, element_size);
   rows.step = layout.position_dims == 2 ? layout.position[0].x_stride : 0;
   rows.alike = rows.chunks == 1 && layout.position_dims <= 2 && rows.step % unit == 0;
-  launch.tasks = ceil_div(layout.channel.size, kBlockThreads / rows.threads);
+  const int64_t groups = kBlockThreads / rows.threads;
+  launch.tasks = ceil_div(layout.channel.size, groups);
   launch.split = split_work(rows.all_chunks, 4 * kMomentLoads, 1, launch.tasks);
+  const int64_t channels = std::clamp<int64_t>(layout.channel.size, 1, groups);
+  const int64_t chunk_bytes = std::max<int64_t>(channels * length * element_size / rows.chunks, 1);
+  // Fewer chunks than a thread reads at once would be read one after another.
+  const int64_t least = std::max<int64_t>(kMomentLoads, ceil_div(kLeastPartBytes, chunk_bytes));
+  launch.split =
+      fill_multiprocessors(launch.split, rows.all_chunks, least, kMomentLoads, launch.tasks);
   return finish_plan(launch);
 }
 

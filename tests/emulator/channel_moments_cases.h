@@ -32,6 +32,8 @@ inline std::vector<MomentsCase> channel_moments_cases() {
       {"rows of a warp", {3, 9, 301}, {2709, 301, 1}, 1},
       {"the same rows for all samples", {3, 5, 29}, {0, 29, 1}, 1},
       {"a slice of the channels", {2, 3, 40}, {400, 40, 1}, 1},
+      {"rows that lie alike, in parts", {40, 8, 7, 7}, {392, 49, 7, 1}, 1},
+      {"parts that begin within rows", {3, 9, 2005}, {18045, 2005, 1}, 1, 3},
       {"rows in parts", {2, 1, 20000}, {20000, 20000, 1}, 1},
       {"channels last, 16-byte loads", {2, 16, 5, 5}, {400, 1, 80, 16}, 1},
       {"channels last, odd channels", {2, 13, 37}, {481, 1, 13}, 1},

@@ -131,9 +131,81 @@ void test_split() {
         expect(name + " has no empty part", (split.count - 1) * split.length < length);
         expect(name + " keeps the granule", split.length % granule == 0);
         expect(name + " fills the device once", (split.count - 1) * blocks < ccp::kTargetBlocks);
+        const ccp::Split filled = ccp::fill_multiprocessors(split, length, 16, granule, blocks);
+        const bool enough = split.count * blocks >= ccp::kMultiprocessors;
+        expect(name + ", filled, covers", filled.count * filled.length >= length);
+        expect(name + ", filled, has no empty part", (filled.count - 1) * filled.length < length);
+        expect(name + ", filled, keeps the granule", filled.length % granule == 0);
+        expect(name + ", filled, has no part too short", filled.length >= 16 || length < 16);
+        expect(name + ", filled, is the same where that suffices",
+               !enough || (filled.count == split.count && filled.length == split.length));
+        expect(name + ", filled, has a block for each multiprocessor, or the least parts",
+               filled.count * blocks >= ccp::kMultiprocessors || filled.length <= 16);
+        expect(name + ", filled, has few more blocks",
+               enough || filled.count * blocks < 4 * ccp::kMultiprocessors);
       }
     }
   }
+}
+
+// Contiguous maps, or channels last.
+ccp::ChannelDotLaunch dot_of_maps(const Sizes& sizes, int element_size,
+                                  bool channels_last = false) {
+  alignas(16) static float data[4];
+  const int64_t positions = sizes[2] * sizes[3];
+  const Sizes rows{sizes[1] * positions, positions, sizes[3], 1};
+  const Sizes last{sizes[1] * positions, 1, sizes[3] * sizes[1], sizes[1]};
+  const Sizes& strides = channels_last ? last : rows;
+  return ccp::plan_channel_dot({data, data, nullptr, layout_of(sizes, strides, strides)},
+                               element_size);
+}
+
+ccp::ChannelMomentsLaunch moments_of_maps(const Sizes& sizes, int element_size) {
+  alignas(16) static float data[4];
+  const int64_t positions = sizes[2] * sizes[3];
+  const Sizes all{1, sizes[0], sizes[1], sizes[2], sizes[3]};
+  const Sizes strides{0, sizes[1] * positions, positions, sizes[3], 1};
+  return ccp::plan_channel_moments({data, nullptr, layout_of(all, strides, strides, 2)},
+                                   element_size);
+}
+
+void test_few_long_rows() {
+  const Sizes one{1, 1, 512, 512}, image{1, 3, 224, 224}, two{2, 8, 224, 224};
+  expect("one float32 map has a block for each multiprocessor", dot_of_maps(one, 4).blocks == 133);
+  expect("of 16 bits, parts of one load a thread",
+         dot_of_maps(one, 2).split.length == 2048 && dot_of_maps(one, 2).blocks == 128);
+  expect("an image of float32", dot_of_maps(image, 4).blocks == 135);
+  expect("an image of 16 bits", dot_of_maps(image, 2).blocks == 75);
+  expect("two samples channels last", dot_of_maps(two, 2, true).blocks == 134);
+  const ccp::ChannelDotLaunch warps = dot_of_maps({1, 3, 60, 60}, 4);
+  expect("three rows of a warp each have no part below 4 KB in all",
+         warps.row.threads == 32 && 3 * 4 * warps.split.length >= 4096 && warps.split.count > 7);
+  expect("what fits in one part stays in one",
+         dot_of_maps({1, 64, 112, 112}, 2).split.count == 1 &&
+             dot_of_maps({1, 2048, 7, 7}, 2, true).split.count == 1);
+
+  const Sizes maps{1, 64, 112, 112};
+  expect("moments of float32", moments_of_maps(maps, 4).blocks == 200);
+  expect("moments of 16 bits: parts of one turn",
+         moments_of_maps(maps, 2).split.length == ccp::kMomentLoads &&
+             moments_of_maps(maps, 2).blocks == 104);
+  expect("moments of few channels",
+         moments_of_maps(two, 4).blocks == 196 && moments_of_maps(two, 2).blocks == 98);
+  expect("moments of one channel, read by a warp a block: 4 KB each",
+         moments_of_maps(one, 2).split.length == 8);
+  expect("moments in one part are split too: the second kernel runs anyway",
+         moments_of_maps({3, 8, 20, 20}, 4).split.count == 3);
+}
+
+void test_many_rows_keep_their_parts() {
+  const auto same = [](const ccp::Split& split, int64_t count, int64_t length) {
+    return split.count == count && split.length == length;
+  };
+  expect("sums of a large image", same(dot_of_maps({1, 1, 4096, 4096}, 4).split, 1056, 15888));
+  expect("sums of 192 blocks", same(dot_of_maps({1, 64, 112, 112}, 4).split, 3, 4184));
+  expect("sums of a batch", same(dot_of_maps({256, 64, 112, 112}, 2).split, 1, 12544));
+  expect("moments of a batch", same(moments_of_maps({256, 64, 112, 112}, 2).split, 131, 96));
+  expect("moments of 2048 channels", same(moments_of_maps({256, 2048, 7, 7}, 2).split, 16, 16));
 }
 
 void test_grid() {
@@ -634,6 +706,8 @@ int main(int argc, char** argv) {
   test_rows();
   test_moments();
   test_split();
+  test_few_long_rows();
+  test_many_rows_keep_their_parts();
   test_grid();
   test_tiles();
   return testing::report();
