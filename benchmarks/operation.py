@@ -86,10 +86,12 @@ class Work:
     Attributes:
         bytes: moved.
         products: operations of matrix products; a multiply-add counts two, a symmetric result its
-            triangle once.
+            triangle once, a product of the same two elements once.
         scalar: operations outside the matrix units, counted alike.
         streams: arrays read side by side: which bandwidth the bytes are held against.
         rate: what bounds the products, a key of ``Limits.rates``.
+        by_patches: the products as the rivals perform them, on patches that repeat elements; 0
+            where they are the same.
     """
 
     bytes: int
@@ -97,6 +99,7 @@ class Work:
     scalar: int = 0
     streams: int = 1
     rate: str = "fp32"
+    by_patches: int = 0
 
     @property
     def operations(self) -> int:

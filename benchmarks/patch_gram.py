@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -48,12 +49,33 @@ class PatchGram(Operation):
         n, c, h, w = case.shape
         window = case.window
         rows = c * window.kernel_size**2
-        positions = n * window.outputs(h) * window.outputs(w)
         triangle = rows * (rows + 1) // 2
+        by_patches = 2 * n * window.outputs(h) * window.outputs(w) * triangle
         # A stride beyond the window skips rows; what it skips within a row is read all the same.
         share = min(1, window.outputs(h) * window.kernel_size / h)
         read = int(share * case.elements) * case.dtype.itemsize + 4 * triangle
-        return Work(read + 4 * rows * rows, 2 * positions * triangle, rate=case.rate)
+        products = 2 * n * distinct_products(c, (h, w), window)
+        return Work(read + 4 * rows * rows, products, rate=case.rate, by_patches=by_patches)
+
+
+def distinct_products(channels: int, size: tuple[int, int], window: Window) -> int:
+    """The pairs of a sample's elements, each with itself too, that some patch holds both of.
+
+    Patches overlap, and A sums the same products again and again: computed by pieces
+    (``csrc/patch_pieces.h``) each is performed once. The products of patches are never fewer.
+    """
+    rows, columns = (_pairs(length, window) for length in size)
+    # Every ordered pair of positions is one of C x C elements; of unordered ones half are left, and
+    # the elements paired with themselves.
+    elements = channels * sum(a == b for a, b in rows) * sum(a == b for a, b in columns)
+    return (channels**2 * len(rows) * len(columns) + elements) // 2
+
+
+def _pairs(length: int, window: Window) -> set[tuple[int, int]]:
+    """The ordered pairs of positions along an axis that some patch holds both of."""
+    corners = (window.stride * k - window.padding for k in range(window.outputs(length)))
+    patches = (range(max(at, 0), min(at + window.kernel_size, length)) for at in corners)
+    return {pair for patch in patches for pair in itertools.product(patch, repeat=2)}
 
 
 def _patches(x: Tensor, window: Window) -> Tensor:

@@ -101,6 +101,8 @@ def measure(
         | {"time over ours": ratio(times, seconds["ours"]), "error": errors.get(name)}
         for name, times in seconds.items()
     ]
+    if torch.device(case.device).type == "cuda":
+        rows[0]["extra MiB"] = _extra_bytes(functions["ours"], inputs) / 2**20
     return rows, left_out
 
 
@@ -115,10 +117,20 @@ def of_case(operation: Operation, case: Case, effort: Effort) -> dict:
     }
 
 
+def _extra_bytes(function: Candidate, inputs: tuple) -> int:
+    """What torch's allocator of the GPU holds at most during a call, beyond the inputs."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(*inputs)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _figures(times: list[float], work: Work, limits: Limits) -> dict:
     """Quantiles of the time, and its middle as rates and shares of the limits."""
     middle = median(times)
     floor, bound = limits.floor(work)
+    matrix_rate = limits.rate(work.rate)
+    by_patches = 100 * work.by_patches / middle / matrix_rate
     return {
         **spread(times),
         "rounds": len(times),
@@ -126,7 +138,8 @@ def _figures(times: list[float], work: Work, limits: Limits) -> dict:
         "TFLOP/s": 1e-12 * work.operations / middle,
         "bound by": bound,
         "% of limit": 100 * floor / middle,
-        "% of matrix rate": 100 * work.products / middle / limits.rate(work.rate),
+        "% of matrix rate": 100 * work.products / middle / matrix_rate,
+        **({"% of matrix rate, by patches": by_patches} if work.by_patches else {}),
         "% of copy": 100 * work.bytes / middle / limits.copy,
         "% of two-stream read": 100 * work.bytes / middle / limits.read_two,
     }

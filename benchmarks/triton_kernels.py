@@ -65,9 +65,36 @@ if triton is not None:
             total += left * right
         tl.store(out + sample * channels + column, tl.sum(total, 0), mask=column < channels)
 
+    # Tiles of a symmetric result [C, C]; the interpreter takes the smallest.
+    TILES = [
+        triton.Config({"TILE": tile, "DEPTH": 32}, num_warps=8 if tile > 64 else 4)
+        for tile in (16, 32, 64, 128)
+    ]
+
+    def _filled(configs, arguments, **_):
+        """The three largest tiles that the channels fill, or the smallest."""
+        widest = max(16, triton.next_power_of_2(arguments["channels"]))
+        return [config for config in configs if config.kwargs["TILE"] <= widest][-3:]
+
+    def _tuned(key, **preserved):
+        """Tunes the tiles; ``preserved`` keeps the trials out of the result."""
+        return triton.autotune(
+            TILES[:1] if INTERPRETED else TILES, key, do_bench=_briefly,
+            prune_configs_by={"early_config_prune": _filled}, **preserved,
+        )  # fmt: skip
+
+    @triton.jit
+    def _add_tile(S, row, column, channels, tile):
+        inside = (row < channels)[:, None] & (column < channels)[None, :]
+        at = S + row[:, None] * channels + column[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + tile, mask=inside)
+
+    @_tuned(["samples", "channels"], restore_value=["S"])
     @triton.jit
     def _gram(S, a, sigma, samples, channels, TILE: tl.constexpr, DEPTH: tl.constexpr):
-        """One program for each tile of S [C, C] += a' diag(sigma) a, a [N, C]."""
+        """One program for a tile of the triangle of S [C, C] += a' diag(sigma) a, a [N, C]."""
+        if tl.program_id(0) > tl.program_id(1):
+            return
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         total = tl.zeros((TILE, TILE), tl.float32)
@@ -86,9 +113,9 @@ if triton is not None:
             ).to(tl.float32)
             weight = tl.load(sigma + sample, mask=some, other=0.0)
             total += tl.dot(left * weight[None, :], right, input_precision="tf32x3")
-        at = S + row[:, None] * channels + column[None, :]
-        inside = (row < channels)[:, None] & (column < channels)[None, :]
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+        _add_tile(S, row, column, channels, total)
+        if tl.program_id(0) < tl.program_id(1):
+            _add_tile(S, column, row, channels, tl.trans(total))
 
     @triton.jit
     def _grams(
@@ -113,13 +140,9 @@ if triton is not None:
                 rows + column[None, :], mask=some & (column < channels)[None, :], other=0.0
             )
             total += tl.dot(tl.trans(left), right, input_precision="tf32x3")
-        inside = (row < channels)[:, None] & (column < channels)[None, :]
-        at = S + row[:, None] * channels + column[None, :]
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+        _add_tile(S, row, column, channels, total)
         if tl.load(tile + 1) != tl.load(tile + 2):
-            inside = (column < channels)[:, None] & (row < channels)[None, :]
-            at = S + column[:, None] * channels + row[None, :]
-            tl.store(at, tl.load(at, mask=inside, other=0.0) + tl.trans(total), mask=inside)
+            _add_tile(S, column, row, channels, tl.trans(total))
 
     @triton.jit
     def _element(column, channels, AREA: tl.constexpr, CHANNELS_LAST: tl.constexpr):
@@ -191,18 +214,20 @@ if triton is not None:
         if tl.program_id(0) < tl.program_id(1):
             tl.atomic_add(A + column * size + row, total, mask=inside, sem="relaxed")
 
+    @_tuned(["samples", "channels", "positions", "of_position"], reset_to_zero=["out"])
     @triton.jit
     def _ssim(
-        x, mean, variance, out, samples, channels, positions,
-        of_sample, of_channel, of_position, samples_a_part,
+        x, mean, variance, out, samples, channels, positions, of_sample, of_channel, of_position,
         C1: tl.constexpr, C2: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """One program for a tile of the sum [C, C] over a part of the samples."""
+        """One program for a tile of the sum's triangle [C, C] and a part of the samples."""
+        if tl.program_id(0) > tl.program_id(1):
+            return
         row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        part = tl.program_id(2)
         total = tl.zeros((TILE, TILE), tl.float32)
-        first = part * samples_a_part
+        samples_a_part = tl.cdiv(samples, tl.num_programs(2))
+        first = tl.program_id(2) * samples_a_part
         maps = x + first.to(tl.int64) * of_sample
         for sample in range(first, tl.minimum(samples, first + samples_a_part)):
             product = tl.zeros((TILE, TILE), tl.float32)
@@ -228,8 +253,12 @@ if triton is not None:
             luminance = (2 * mean_i * mean_j + C1) / (mean_i * mean_i + mean_j * mean_j + C1)
             total += luminance * (2 * covariance + C2) / (variance_i + variance_j[None, :] + C2)
             maps += of_sample
-        at = (part.to(tl.int64) * channels + row[:, None]) * channels + column[None, :]
-        tl.store(out + at, total, mask=(row < channels)[:, None] & (column < channels)[None, :])
+        inside = (row < channels)[:, None] & (column < channels)[None, :]
+        at = row[:, None] * channels + column[None, :]
+        tl.atomic_add(out + at, total, mask=inside, sem="relaxed")
+        if tl.program_id(0) < tl.program_id(1):
+            at = column[None, :] * channels + row[:, None]
+            tl.atomic_add(out + at, total, mask=inside, sem="relaxed")
 
     @triton.jit
     def _moments(
@@ -300,9 +329,7 @@ def channel_dot(x: Tensor, g: Tensor) -> Tensor:
 def weighted_gram_(S: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
     """``S += a' diag(sigma) a`` for S [C, C] float32, a [N, C], sigma [N]."""
     n, c = a.shape
-    tile = 32 if c <= 512 else 64
-    grid = (triton.cdiv(c, tile), triton.cdiv(c, tile))
-    _gram[grid](S, a, sigma, n, c, TILE=tile, DEPTH=32)
+    _gram[lambda block: 2 * (triton.cdiv(c, block["TILE"]),)](S, a, sigma, n, c)
     return S
 
 
@@ -355,18 +382,18 @@ def map_similarity(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     mean = x.mean((2, 3), dtype=torch.float32)
     variance = x.float().square().mean((2, 3)) - mean.square()
-    tile = min(64, max(16, triton.next_power_of_2(c)))
-    tiles = triton.cdiv(c, tile)
-    parts = max(1, min(n, PROGRAMS // tiles**2))
-    samples_a_part = triton.cdiv(n, parts)
-    parts = triton.cdiv(n, samples_a_part)
-    out = torch.empty(parts, c, c, device=x.device)
+    out = torch.zeros(c, c, device=x.device)
     of_sample, of_channel, _, of_position = x.stride()
-    _ssim[(tiles, tiles, parts)](
+
+    def grid(block):
+        tiles = triton.cdiv(c, block["TILE"])
+        return tiles, tiles, max(1, min(n, PROGRAMS // (tiles * (tiles + 1) // 2)))
+
+    _ssim[grid](
         x, mean, variance, out, n, c, h * w, of_sample, of_channel, of_position,
-        samples_a_part, C1=0.01**2, C2=0.03**2, TILE=tile, DEPTH=32,
+        C1=0.01**2, C2=0.03**2,
     )  # fmt: skip
-    return out.sum(0) / n
+    return out / n
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, ...]:

@@ -40,6 +40,7 @@ class WeightedGrams(Operation):
         return {
             "ours": ops.weighted_grams_,
             "eager": _addmm,
+            "einsum": _einsum,
             "one by one": _one_by_one,
             "triton": triton_kernels.weighted_grams_,
         }
@@ -58,6 +59,13 @@ def _addmm(S: Tensors, a: Tensors) -> Tensors:
     for matrix, rows in zip(S, a, strict=True):
         rows = rows.float()
         matrix.addmm_(rows.T, rows)
+    return S
+
+
+def _einsum(S: Tensors, a: Tensors) -> Tensors:
+    for matrix, rows in zip(S, a, strict=True):
+        rows = rows.float()
+        matrix += torch.einsum("nc,nd->cd", rows, rows)
     return S
 
 
