@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext.cutting import CONVOLUTIONS
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
 from ccp_ext.graph import Group, Tap
+from ccp_ext.progress import tqdm
 
 if TYPE_CHECKING:
     from ccp_ext.datasets.image_set import ImageSet

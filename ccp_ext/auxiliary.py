@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
-from tqdm import tqdm
 
 from ccp_ext.activations import input_tap, read_at
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.evaluation import place, training_flags_kept
 from ccp_ext.graph import ChannelGraph, Tap
+from ccp_ext.progress import tqdm
 
 
 class Head(nn.Module):

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
+from ccp_ext.progress import tqdm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import check_logits, place, training_flags_kept
 from ccp_ext.plan import PruningPlan
+from ccp_ext.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ccp_ext.allocation import Allocation, allocate, allowed_counts
 from ccp_ext.allocation.latency import LatencyTable
@@ -16,6 +15,7 @@ from ccp_ext.errors import InputError
 from ccp_ext.graph import ChannelGraph
 from ccp_ext.joint import JointCost, Refinement, lower_bound, refine
 from ccp_ext.plan import PruningPlan
+from ccp_ext.progress import tqdm
 from ccp_ext.selection import Curve
 from ccp_ext.statistics import Statistics
 

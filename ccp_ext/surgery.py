@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
@@ -111,6 +109,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: the state dict holds something else than tensors, or the file cannot be written.
     """
+    from safetensors.torch import save_file  # here: kernels are built and measured without it
+
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -408,6 +408,8 @@ class _Content:
 
 
 def _read(path: str | os.PathLike[str]) -> _Content:
+    from safetensors import SafetensorError, safe_open
+
     source = os.fspath(path)
     if not Path(path).is_file():
         raise InputError(f"{source!r}: no such file")

@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import ccp_ext
 from ccp_ext import cli, compare, criteria, datasets, models, pipeline
@@ -26,6 +24,8 @@ from ccp_ext.criteria import gathering
 from ccp_ext.evaluation import evaluate
 from ccp_ext.files import locked
 from ccp_ext.subject import sample
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the format of model files")
 
 
 def prune_command(inputs, output, **changes):
@@ -578,7 +578,7 @@ def test_modules_are_refitted_after_the_layers(inputs, tmp_path):
     for repair in ("refit-linear", "refit-linear+refit-modules"):
         output = tmp_path / repair
         assert cli.main(prune_command(inputs, output, criterion="l1", repair=repair)) == 0
-        weights.append(load_file(output / "slim.safetensors"))
+        weights.append(safetensors.load_file(output / "slim.safetensors"))
     stages = json.loads((output / "report.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages][-2:] == ["refitted linearly", "modules refitted"]
     assert any(not torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
@@ -680,7 +680,7 @@ def test_only_training_images_decide(inputs, tmp_path, monkeypatch):
     for data in (inputs / "data.npz", tmp_path / "data.npz"):
         output = tmp_path / f"run{len(models_made)}"
         assert cli.main(prune_command(inputs, output, data=data, epochs=1)) == 0
-        with safe_open(output / "slim.safetensors", "pt") as file:
+        with safetensors.safe_open(output / "slim.safetensors", "pt") as file:
             models_made.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     first, second = models_made
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -11,8 +11,6 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from small_networks import (
     SMALL_NETWORKS,
     Concat,
@@ -29,6 +27,8 @@ from ccp_ext.cutting import Cut
 from ccp_ext.errors import InputError
 from ccp_ext.graph import trace
 from ccp_ext.plan import PruningPlan
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the format of model files")
 
 IMAGES = (2, 3, 8, 8)
 
@@ -390,7 +390,7 @@ def test_loaded_models_give_equal_bits_in_a_new_process(tmp_path, channels_last)
     if channels_last:
         slim = slim.to(memory_format=torch.channels_last)
     surgery.save(slim, tmp_path / "slim.safetensors")
-    save_file({"x": x}, tmp_path / "x.safetensors")
+    safetensors.save_file({"x": x}, tmp_path / "x.safetensors")
     program = f"""
         from functools import partial
         import torch
@@ -410,7 +410,7 @@ def test_loaded_models_give_equal_bits_in_a_new_process(tmp_path, channels_last)
         check=True,
         timeout=120,
     )
-    assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], output(slim, x))
+    assert torch.equal(safetensors.load_file(tmp_path / "y.safetensors")["y"], output(slim, x))
 
 
 def test_loading_restores_dtype_memory_format_plan_and_tensors(tmp_path):
@@ -469,7 +469,7 @@ def tied():
 def test_shared_tensors_are_written_once_and_stay_shared(tmp_path):
     model = tied()
     surgery.save(model, tmp_path / "tied.safetensors")
-    with safe_open(tmp_path / "tied.safetensors", "pt") as file:
+    with safetensors.safe_open(tmp_path / "tied.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["0.bias", "0.weight", "2.bias"]
     loaded = surgery.load(tmp_path / "tied.safetensors", tied)
     assert loaded[0].weight is loaded[2].weight
@@ -485,7 +485,7 @@ def test_an_exception_while_saving_leaves_the_old_file_whole(tmp_path, monkeypat
         filename.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(surgery, "save_file", half_written)
+    monkeypatch.setattr(safetensors, "save_file", half_written)
     with pytest.raises(KeyboardInterrupt):
         surgery.save(Concat(), path)
     assert path.read_bytes() == old
@@ -498,6 +498,7 @@ def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
     old = path.read_bytes()
     program = """
         import os, signal, sys
+        import safetensors.torch
         from torch import nn
         from ccp_ext import surgery
 
@@ -505,7 +506,7 @@ def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
             filename.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        surgery.save_file = killed
+        safetensors.torch.save_file = killed
         surgery.save(nn.Linear(4, 4), sys.argv[1])
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -554,13 +555,13 @@ def test_equal_models_give_equal_files_in_every_process(tmp_path):
 
 
 def metadata_of(path):
-    with safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         return json.loads(file.metadata()["ccp_ext"])
 
 
 def rewritten(path, **fields):
     content = {**metadata_of(path), **fields}
-    save_file(load_file(path), path, {"ccp_ext": json.dumps(content)})
+    safetensors.save_file(safetensors.load_file(path), path, {"ccp_ext": json.dumps(content)})
 
 
 @pytest.mark.parametrize(
@@ -570,9 +571,12 @@ def rewritten(path, **fields):
         (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole safetensors file"),
         (lambda path: path.write_bytes(b"{}" * 500), "not a whole safetensors file"),
-        (lambda path: save_file({"x": torch.ones(1)}, path), "not written by ccp_ext.save"),
+        (
+            lambda path: safetensors.save_file({"x": torch.ones(1)}, path),
+            "not written by ccp_ext.save",
+        ),
         (lambda path: rewritten(path, version=9), "has version 9; this ccp_ext reads 1"),
-        (lambda path: save_file({}, path, {"ccp_ext": "{"}), "broken metadata"),
+        (lambda path: safetensors.save_file({}, path, {"ccp_ext": "{"}), "broken metadata"),
         (lambda path: rewritten(path, aliases={"x": "nowhere"}), "broken metadata"),
         (lambda path: rewritten(path, layouts=3), "broken metadata"),
         (lambda path: rewritten(path, plan={"version": 1}), "plan in .*missing: "),

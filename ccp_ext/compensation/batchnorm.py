@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sized
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import place, training_flags_kept
+from ccp_ext.progress import tqdm
 
 
 def reestimate_batchnorm(

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext.activations import input_tap, read_at
 from ccp_ext.compensation.layers import Layer, as_input, evaluating, find_layers
 from ccp_ext.datasets.image_set import ImageSet
+from ccp_ext.progress import tqdm
 
 
 def fold_means(

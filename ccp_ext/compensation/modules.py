@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from tqdm import tqdm
 
 from ccp_ext.compensation.branches import Folded
 from ccp_ext.compensation.gauss_newton import (
@@ -32,6 +31,7 @@ from ccp_ext.errors import InputError
 from ccp_ext.graph import Tap
 from ccp_ext.passes import Walk, tapped
 from ccp_ext.patches import as_maps
+from ccp_ext.progress import tqdm
 
 # Output positions that determine a step; about so many, of all images together.
 _POSITIONS = 1 << 19

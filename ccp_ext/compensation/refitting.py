@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext.activations import input_tap
 from ccp_ext.compensation.batches import Batch, two_models
@@ -25,6 +24,7 @@ from ccp_ext.least_squares import ConstantError, Regression
 from ccp_ext.memory import Ceiling
 from ccp_ext.passes import tapped
 from ccp_ext.patches import POSITIONS, Grid
+from ccp_ext.progress import tqdm
 
 LAYERS = ("cut", "cut+classifier", "all")
 

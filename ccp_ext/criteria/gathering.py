@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ccp_ext import files
 from ccp_ext.criteria.base import Criterion
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
+from ccp_ext.progress import tqdm
 from ccp_ext.statistics import collect
 
 if TYPE_CHECKING:

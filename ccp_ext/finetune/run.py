@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from ccp_ext.auxiliary import AuxiliaryHeads
 from ccp_ext.datasets.image_set import ImageSet
 from ccp_ext.errors import InputError
 from ccp_ext.evaluation import check_logits
 from ccp_ext.finetune.config import FinetuneConfig
+from ccp_ext.progress import tqdm
 
 # Shares that add up to 1, each with the labels [B] it stands for.
 Blend = tuple[tuple[float, Tensor], ...]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ccp_ext.allocation import allocate
 from ccp_ext.joint.problem import LEAST_USE, Graph, JointCost, Problem, check
+from ccp_ext.progress import tqdm
 
 # Budgets of :func:`ccp_ext.allocation.allocate` that can be shared out among groups.
 _RESOURCES = ("macs", "params", "activations", "latency")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ccp_ext.errors import InputError
 from ccp_ext.joint.problem import LEAST_USE, Graph, JointCost, Problem, check
+from ccp_ext.progress import tqdm
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ccp_ext import criteria, files
@@ -44,6 +42,8 @@ class Snapshot:
     note: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        from safetensors.torch import save_file  # here: kernels are built and measured without it
+
         tensors = {"image": self.image.cpu().contiguous()}
         for kind in ("S", "u", "maps"):
             for group, tensor in getattr(self, kind).items():
@@ -58,6 +58,8 @@ class Snapshot:
         Raises:
             InputError: the file is missing or damaged.
         """
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(Path(path), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from ccp_ext.errors import InputError
+from ccp_ext.progress import tqdm
 
 _BAR_AFTER = 1.0  # seconds
 
