@@ -24,7 +24,7 @@ from benchmarks import limits as machine
 from benchmarks import plot, sweep, targets
 from benchmarks.channel_dot import ChannelDot
 from benchmarks.channel_moments import ChannelMoments
-from benchmarks.common import RESULTS, write_results
+from benchmarks.common import RESULTS, environment, write_results
 from benchmarks.limits import Limits, float32_precision
 from benchmarks.map_similarity import MapSimilarity
 from benchmarks.networks import NETWORKS
@@ -83,10 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="seconds for all operators, each an equal share of what the ones before it left",
     )
-    parser.add_argument(
+    by_target = parser.add_mutually_exclusive_group()
+    by_target.add_argument(
         "--for-targets",
         action="store_true",
         help="only cases that a target is about, those of several targets first",
+    )
+    by_target.add_argument(
+        "--beyond-targets", action="store_true", help="only cases that no target is about"
     )
     parser.add_argument("--warm", action="store_true", help="small inputs come from the cache")
     parser.add_argument(
@@ -121,13 +125,15 @@ def run(options: argparse.Namespace) -> Path:
     limits = machine.measure(options.device, options.quick)
     print(limits.lines(), flush=True)
     settings = {
+        "operators": [operation.name for operation in operations],
         "device": options.device,
         "batch sizes": batches,
         "smallest sizes only": options.quick,
+        "seconds for all operators": options.within,
         "effort": asdict(effort),
     }
-    head = {"settings": settings, "limits": asdict(limits)}
-    record = Record(head, f"operators{options.tag}", options.output, options.add)
+    this_run = {"environment": environment(), "settings": settings, "limits": asdict(limits)}
+    record = Record(this_run, f"operators{options.tag}", options.output, options.add)
     with float32_precision("highest"):
         for k, operation in enumerate(operations):
             cases = [
@@ -137,6 +143,9 @@ def run(options: argparse.Namespace) -> Path:
             ]
             if options.for_targets:
                 cases = _of_targets(operation, cases, effort)
+            elif options.beyond_targets:
+                wanted = set(_of_targets(operation, cases, effort))
+                cases = [case for case in cases if case not in wanted]
             if options.within:
                 left = max(options.within - (time.monotonic() - begin), 0)
                 effort = replace(effort, budget=left / (len(operations) - k))
@@ -147,40 +156,65 @@ def run(options: argparse.Namespace) -> Path:
     print(path)
     picture = plot.draw(record.content["rows"], path.with_suffix(".png"))
     print(picture or plot.NO_PICTURE)
-    if record.content["failures"]:
-        raise AssertionError("\n".join(record.content["failures"]))
+    now, before = record.failures()
+    if before:
+        print("\n".join(["failed in an earlier run, and not measured since:", *before]))
+    if now:
+        raise AssertionError("\n".join(now))
     return path
 
 
 class Record:
     """What was measured so far, kept in a file.
 
+    Attributes:
+        content: of the file. ``runs`` says where, how and against which limits was measured; every
+            entry of the other lists names by ``run`` the one that it is of, counted from 0.
+
     Args:
-        head: of the file: what holds for all rows.
+        this_run: its entry of ``runs``.
         name: of the file, without its suffix.
         folder: of the file.
-        add: to the rows that the file holds; a case that is measured again replaces them.
+        add: to what the file holds of earlier runs; what a case is measured to be replaces it.
     """
 
     SECONDS_BETWEEN_WRITES = 5.0
 
-    def __init__(self, head: dict, name: str, folder: Path, add: bool) -> None:
+    def __init__(self, this_run: dict, name: str, folder: Path, add: bool) -> None:
         self.name, self.folder = name, folder
-        self.content = head | {"rows": [], "left out": [], "not measured": [], "failures": []}
         path = folder / f"{name}.json"
-        if add and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            self.content |= {key: before[key] for key in ("rows", "left out")}
+        self.content = _kept(path) if add and path.exists() else {name: [] for name in LISTS}
+        self.run = len(self.content["runs"])
+        self.content["runs"].append(this_run)
         self._written = time.monotonic()
 
     def add(self, rows: list[dict], left_out: list[dict]) -> None:
         """The rows of one case, and the rivals left out."""
-        case = sweep.key(rows[0])
-        for name, new in (("rows", rows), ("left out", left_out)):
-            kept = [row for row in self.content[name] if sweep.key(row) != case]
-            self.content[name] = kept + new
+        case = rows[0]
+        self._replace("rows", case, rows)
+        self._replace("left out", case, left_out)
+        self._replace("not measured", case, [])
+        self._replace("failures", case, [])
         if time.monotonic() - self._written > self.SECONDS_BETWEEN_WRITES:
             self.write()
+
+    def cut(self, case: dict) -> None:
+        """A case that no time was left for; its rows of an earlier run stay."""
+        self._replace("not measured", case, [case])
+
+    def fail(self, case: dict, reason: str) -> None:
+        """A case of which our result was wrong or not made; its rows of an earlier run stay."""
+        self._replace("not measured", case, [])
+        self._replace("failures", case, [case | {"reason": reason}])
+        self.write()
+
+    def failures(self) -> tuple[list[str], list[str]]:
+        """Those of this run, and those of earlier ones whose cases were not measured since."""
+        now, before = [], []
+        for each in self.content["failures"]:
+            line = f"{' '.join(sweep.key(each))}: {each['reason']}"
+            (now if each["run"] == self.run else before).append(line)
+        return now, before
 
     def write(self) -> Path:
         rows = self.content["rows"]
@@ -188,6 +222,34 @@ class Record:
         path = write_results(self.name, self.content, self.folder)
         self._written = time.monotonic()
         return path
+
+    def _replace(self, name: str, case: dict, new: list[dict]) -> None:
+        """In a list, the entries of a case by those of this run."""
+        kept = [each for each in self.content[name] if sweep.key(each) != sweep.key(case)]
+        self.content[name] = kept + [each | {"run": self.run} for each in new]
+
+
+LISTS = ("runs", "rows", "left out", "not measured", "failures")
+
+
+def _kept(path: Path) -> dict:
+    """The lists of a results file; one without ``runs`` was written by one run."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "runs" not in content:
+        content["runs"] = [{name: content[name] for name in ("environment", "settings", "limits")}]
+        content["failures"] = [_failure(line) for line in content["failures"]]
+        for name in LISTS[1:]:
+            content[name] = [each | {"run": 0} for each in content[name]]
+    return {name: content[name] for name in LISTS}
+
+
+def _failure(line: str) -> dict:
+    """What a line such as ``patch_gram_ resnet56 2x64x8x8 k3 s1 NCHW float32: why`` says."""
+    words, _, reason = line.partition(": ")
+    operator, network, *size, layout, dtype = words.split(" ")
+    names = ("operator", "network", "size", "layout", "dtype", "reason")
+    values = (operator, network, " ".join(size), layout, dtype, reason)
+    return dict(zip(names, values, strict=True))
 
 
 def _chosen(names: Sequence[str]) -> list[Operation]:
@@ -221,13 +283,14 @@ def _sweep(
         of_case = case.description(operation.name)
         if time.monotonic() > deadline:
             cut.append(of_case)
+            record.cut(of_case)
             continue
         try:
             rows, reasons = sweep.measure(
                 operation, case, limits, effort, case.label in compiled[effort.compiled]
             )
         except (AssertionError, RuntimeError) as error:  # the other cases are still worth a run
-            record.content["failures"].append(f"{' '.join(of_case.values())}: {error}")
+            record.fail(of_case, str(error))
             continue
         record.add(rows, [of_case | {"candidate": c, "reason": r} for c, r in reasons.items()])
         measured += rows
@@ -236,6 +299,5 @@ def _sweep(
     for network, rows in itertools.groupby(measured, key=lambda row: row["network"]):
         print(f"\n{operation.name}, {network}\n{table(sweep.overview(rows))}", flush=True)
     if cut:
-        record.content["not measured"] += cut
         sizes = ", ".join(dict.fromkeys(f"{case['network']} {case['size']}" for case in cut))
         print(f"{operation.name}: {effort.budget:g} s are over; not measured, or in part: {sizes}")

@@ -107,7 +107,10 @@ def run_quick(folder: Path, *arguments: str) -> dict:
 def test_every_operator_is_measured_beside_its_rivals(operator: str, tmp_path: Path) -> None:
     content = run_quick(tmp_path, operator, "--shapes", "resnet56")
     assert {"cpu", "torch", "commit"} <= content["environment"].keys()
-    assert all(content["limits"][name] > 0 for name in ("copy", "read", "read_two"))
+    [this_run] = content["runs"]
+    assert all(this_run["limits"][name] > 0 for name in ("copy", "read", "read_two"))
+    assert this_run["settings"]["operators"] == [operator]
+    assert this_run["environment"] == content["environment"]
     operation = suite.OPERATIONS[operator]
     cases = {(r["layout"], r["dtype"]) for r in content["rows"]}
     assert cases == {(la, d) for la in operation.layouts for d in ("float32", "bfloat16")}
@@ -164,6 +167,51 @@ def test_cases_are_added_and_replaced(tmp_path: Path) -> None:
         for rows in (first["rows"], both)
     )
     assert len(before) == len(after) == 4 and before != after
+
+
+def test_what_earlier_runs_found_stays_until_it_is_measured_again(monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patched, pytest.raises(AssertionError, match="is wrong on"):
+        patched.setattr(ops, "channel_dot", lambda x, g: torch.zeros(x.shape[:2]))
+        run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
+    run_quick(tmp_path, "map_similarity", "--shapes", "resnet56", "--add", "--budget", "1e-9")
+    capsys.readouterr()
+    both = run_quick(tmp_path, "weighted_gram_", "--shapes", "resnet56", "--add")
+    assert [(f["operator"], f["run"]) for f in both["failures"]] == [("channel_dot", 0)] * 4
+    assert {(c["operator"], c["run"]) for c in both["not measured"]} == {("map_similarity", 1)}
+    assert {(row["operator"], row["run"]) for row in both["rows"]} == {("weighted_gram_", 2)}
+    assert [run["settings"]["effort"]["budget"] for run in both["runs"]] == [None, 1e-9, None]
+    printed = capsys.readouterr().out
+    assert "not measured since:\nchannel_dot resnet56 2x64x8x8 NCHW float32: " in printed
+    again = run_quick(tmp_path, "channel_dot", "map_similarity", "--shapes", "resnet56", "--add")
+    assert again["failures"] == again["not measured"] == []
+    assert {(row["operator"], row["run"]) for row in again["rows"]} == {
+        ("channel_dot", 3), ("map_similarity", 3), ("weighted_gram_", 2),
+    }  # fmt: skip
+
+
+def test_a_file_without_its_runs_is_added_to(tmp_path: Path) -> None:
+    content = run_quick(tmp_path, "channel_dot", "--shapes", "resnet56")
+    [of_all] = content.pop("runs")
+    del of_all["settings"]["operators"]
+    for row in content["rows"] + content["left out"]:
+        del row["run"]
+    content["failures"] = ["patch_gram_ resnet56 2x64x8x8 k3 s1 NCHW bfloat16: ours: is wrong"]
+    (tmp_path / "operators.json").write_text(json.dumps(content | of_all))
+    both = run_quick(tmp_path, "weighted_gram_", "--shapes", "resnet56", "--add")
+    assert both["runs"][0] == of_all and len(both["runs"]) == 2
+    assert {(row["operator"], row["run"]) for row in both["rows"]} == {
+        ("channel_dot", 0), ("weighted_gram_", 1),
+    }  # fmt: skip
+    [failure] = both["failures"]
+    assert failure == {
+        "operator": "patch_gram_",
+        "network": "resnet56",
+        "size": "2x64x8x8 k3 s1",
+        "layout": "NCHW",
+        "dtype": "bfloat16",
+        "reason": "ours: is wrong",
+        "run": 0,
+    }
 
 
 def test_a_compilation_without_end_is_given_up(monkeypatch, tmp_path: Path) -> None:
@@ -485,6 +533,15 @@ def test_cases_of_several_targets_are_measured_first() -> None:
     operation = suite.OPERATIONS["channel_moments"]  # no target is about it
     cases = list(sweep.cases(operation, "resnet50", "cuda", 256))
     assert suite._of_targets(operation, cases, effort) == []
+
+
+def test_cases_are_those_of_targets_or_the_others(monkeypatch, tmp_path: Path) -> None:
+    chosen = []
+    monkeypatch.setattr(suite, "_sweep", lambda operation, cases, *_: chosen.extend(cases))
+    monkeypatch.setattr(targets, "count", lambda of_case: of_case["dtype"] == "bfloat16")
+    for option in ("--for-targets", "--beyond-targets"):
+        run_quick(tmp_path, "channel_dot", "--shapes", "resnet56", option)
+    assert [case.dtype_name for case in chosen] == ["bfloat16"] * 2 + ["float32"] * 2
 
 
 def test_operators_share_the_time_they_are_given(monkeypatch, tmp_path: Path) -> None:
