@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from benchmarks import (
     common,
     floors,
     latency,
+    needs,
     networks,
     patch_gram,
     scaling,
@@ -722,6 +725,26 @@ def program(path: Path, script: str) -> Path:
     return path
 
 
+# Runs a module as python -m does where the packages before "-m" are not installed.
+WITHOUT = """
+import runpy, sys
+cut = sys.argv.index('-m')
+sys.modules.update(dict.fromkeys(sys.argv[1:cut]))
+sys.argv = sys.argv[cut + 1:]
+sys.path.insert(0, '')
+runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+"""
+
+
+def run_without(packages: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT, *packages, "-m", *arguments],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_gpu_script_runs_its_phases_in_order_and_adds_up_failures(tmp_path: Path) -> None:
     python = program(
         tmp_path / "python", 'echo "ran $*"\ncase "$*" in *channel_dot*) exit 3;; esac'
@@ -734,8 +757,8 @@ def test_gpu_script_runs_its_phases_in_order_and_adds_up_failures(tmp_path: Path
     results = re.findall(r"== (\w+): (\w+)", log)
     assert results == [("more", "ok"), ("ops", "FAILED"), ("compile", "FAILED")]
     ran = re.findall("^ran -m (\\S+)", log, re.MULTILINE)
-    assert ran == ["benchmarks"] * 4 + ["benchmarks.targets"]
-    assert "failed: ops compile; not run: nothing; files: gpu.log" in log
+    assert ran == ["benchmarks.needs", *["benchmarks"] * 5, "benchmarks.targets"]
+    assert "failed: ops compile; not run or not finished: nothing; files: gpu.log" in log
 
 
 def test_gpu_script_gives_every_phase_a_turn_in_one_call(tmp_path: Path) -> None:
@@ -748,8 +771,11 @@ def test_gpu_script_gives_every_phase_a_turn_in_one_call(tmp_path: Path) -> None
     assert re.findall(r"== (\w+): ok", finished.stdout) == phases
     limits = [int(seconds) for seconds in re.findall(r"^\+ \[(\d+) s\]", finished.stdout, re.M)]
     build, tests, *_, last = limits
-    assert build == 250 and 90 < tests < 150  # a share of what the build leaves
+    assert build == 250 and 75 < tests < 150  # a share of what the build leaves
     assert last > 400  # what the others did not need
+    assert "--for-targets" in finished.stdout and "--beyond-targets" in finished.stdout
+    for operator in suite.OPERATIONS:
+        assert re.search(rf"^\+ .* -m benchmarks .*\b{operator}\b", finished.stdout, re.M)
 
 
 @pytest.mark.parametrize(
@@ -758,6 +784,12 @@ def test_gpu_script_gives_every_phase_a_turn_in_one_call(tmp_path: Path) -> None
         ("echo '========= Error: Device not supported. See the list.'; exit 1",
          "not run: memcheck: Error: Device not supported. See the list.", 0),
         ("echo '========= ERROR SUMMARY: 2 errors'; exit 1", "FAILED", 32),
+        ("echo '========= COMPUTE-SANITIZER'; exit 124",
+         "not finished: memcheck racecheck initcheck synccheck", 0),
+        ("[ $2 != racecheck ] || exit 137", "not finished: racecheck", 0),
+        ("[ $2 != initcheck ] || exit 137; [ $2 != memcheck ] || exit 1",
+         "FAILED, not finished: initcheck", 32),
+        ("echo '========= Invalid __global__ write of size 4 bytes'; exit 124", "FAILED", 32),
         ("exit 0", "ok", 0),
         (None, "not run: compute-sanitizer was not found", 0),
     ],
@@ -771,8 +803,39 @@ def test_gpu_script_tells_findings_from_a_sanitizer_that_cannot_run(
     finished = run_script(tmp_path / "out", "sanitize", PYTHON="echo", **machine)
     assert f"== sanitize: {result}, " in finished.stdout
     assert finished.returncode == status
-    tools = {"not run": 1, "FAILED": 4, "ok": 4}[result.partition(":")[0]] if tool else 0
+    tools = 0 if tool is None else 1 if result.startswith("not run") else 4
     assert finished.stdout.count("\nran ") == tools
+
+
+def test_gpu_script_stops_what_takes_too_long_and_says_so(tmp_path: Path) -> None:
+    program(tmp_path / "compute-sanitizer", "sleep 60")
+    python = program(tmp_path / "python", "sleep 60")
+    # The script's own limits are longer than a test may take.
+    program(tmp_path / "timeout", f'shift 3\nexec {shutil.which("timeout")} 0.1 "$@"')
+    machine = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python)}
+    finished = run_script(tmp_path / "out", "ops", "sanitize", **machine)
+    stopped = re.findall(r"^stopped after \d s: (.*)", finished.stdout, re.M)
+    assert ["benchmarks.needs" in stopped[0], "channel_dot" in stopped[1]] == [True, True]
+    assert re.findall(r"--tool (\w+)", "".join(stopped[2:6])) == [
+        "memcheck", "racecheck", "initcheck", "synccheck",
+    ]  # fmt: skip
+    assert stopped[6].endswith(f"benchmarks.targets {tmp_path / 'out'}") and len(stopped) == 7
+    results = re.findall(r"^== (\w+): (.*), \d+ s", finished.stdout, re.M)
+    assert results == [
+        ("ops", "FAILED"),
+        ("sanitize", "not finished: memcheck racecheck initcheck synccheck"),
+    ]
+    assert finished.returncode == 4
+
+
+def test_gpu_script_runs_nothing_where_nothing_can_run(tmp_path: Path) -> None:
+    python = program(
+        tmp_path / "python",
+        f'case "$*" in *needs*) exec "{sys.executable}" -c "{WITHOUT}" numpy pybind11 "$@";; esac',
+    )
+    finished = run_script(tmp_path / "out", "--dry", PYTHON=str(python))
+    assert finished.stdout == "this machine lacks: numpy, pybind11\nnothing was run\n"
+    assert finished.returncode == 255
 
 
 def test_gpu_script_names_what_its_time_does_not_reach(tmp_path: Path) -> None:
@@ -784,6 +847,64 @@ def test_gpu_script_names_what_its_time_does_not_reach(tmp_path: Path) -> None:
 def test_gpu_script_names_an_unknown_phase(tmp_path: Path) -> None:
     finished = run_script(tmp_path, "everything")
     assert finished.returncode == 255 and "unknown phase 'everything': build" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("packages", "lacks", "status"),
+    [
+        ([], "", 0),
+        (["pytest", "setuptools"], "setuptools, pytest", 0),
+        (["numpy"], "numpy", 3),
+        (["torch", "pybind11"], "torch, pybind11", 3),
+    ],
+)
+def test_what_a_machine_lacks_is_named_in_one_line(packages, lacks, status) -> None:
+    finished = run_without(packages, "benchmarks.needs", "--dry")
+    assert finished.stdout == (f"this machine lacks: {lacks}\n" if lacks else "")
+    assert finished.returncode == status, finished.stderr
+
+
+def test_a_gpu_and_its_tools_are_asked_for(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(program(tmp_path / "nvidia-smi", "").parent))
+    assert needs.main([]) == 3
+    assert f"lacks: a GPU for torch {torch.__version__}, nvcc" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin" / "nvcc", "")
+    assert needs.main([]) == 0 and "nvcc" not in capsys.readouterr().out
+
+
+def test_kernels_are_checked_without_tqdm_and_safetensors() -> None:
+    finished = run_without(["tqdm", "safetensors"], "benchmarks.check")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith(" results of 'ours' are within their bounds\n")
+
+
+def test_loops_run_without_tqdm() -> None:
+    program = """
+        import sys
+        sys.modules["tqdm"] = None
+        import torch
+        from ccp_ext import models, reestimate_batchnorm
+        from ccp_ext.progress import tqdm
+
+        with tqdm([1, 2], "title", 2, disable=False) as bar:
+            assert list(bar) == [1, 2]
+            bar.set_postfix(loss=1.0, refresh=False)
+        bar = tqdm(desc="moves", delay=1.0)
+        bar.update()
+        bar.set_postfix_str("gap 2", refresh=False)
+        bar.close()
+        reestimate_batchnorm(models.create("resnet8"), [torch.rand(4, 3, 8, 8)], progress=True)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0 and finished.stderr == "", finished.stderr
 
 
 @pytest.mark.gpu
