@@ -116,11 +116,11 @@ run_build() {
 
 run_test() {
   if [ -n "$DRY" ]; then
-    limited 120 80 "$PYTHON" -m pytest -q -m gpu
+    limited 120 75 "$PYTHON" -m pytest -q -m gpu
     return
   fi
   # Interrupted, pytest still says what failed so far.
-  SIGNAL=INT limited 150 80 "$PYTHON" -m pytest -q -m gpu -rs --maxfail=30 --durations=15
+  SIGNAL=INT limited 150 75 "$PYTHON" -m pytest -q -m gpu -rs --maxfail=30 --durations=15
 }
 
 run_ops() {
@@ -154,7 +154,7 @@ run_model() {
 run_more() {
   local failed=0 untuned=(--compile none --within WITHIN --add)
   limited 150 40 "${SUITE[@]}" map_similarity patch_gram_ "${FOCUS[@]}" "${untuned[@]}" || failed=1
-  limited 120 12 "${SUITE[@]}" map_similarity weighted_gram_ channel_moments patch_gram_ \
+  limited 120 20 "${SUITE[@]}" map_similarity weighted_gram_ channel_moments patch_gram_ \
     "${REST[@]}" "${untuned[@]}" || failed=1
   return $failed
 }
