@@ -882,14 +882,18 @@ def test_kernels_are_checked_without_tqdm_and_safetensors() -> None:
     assert finished.stdout.endswith(" results of 'ours' are within their bounds\n")
 
 
-def test_loops_run_without_tqdm() -> None:
+def test_all_is_imported_and_loops_run_without_tqdm_and_safetensors() -> None:
     program = """
-        import sys
-        sys.modules["tqdm"] = None
+        import importlib, pkgutil, sys
+        sys.modules.update(tqdm=None, safetensors=None)
         import torch
+        import ccp_ext
         from ccp_ext import models, reestimate_batchnorm
         from ccp_ext.progress import tqdm
 
+        for found in pkgutil.walk_packages(ccp_ext.__path__, "ccp_ext."):
+            if not found.name.startswith("ccp_ext._"):
+                importlib.import_module(found.name)
         with tqdm([1, 2], "title", 2, disable=False) as bar:
             assert list(bar) == [1, 2]
             bar.set_postfix(loss=1.0, refresh=False)
