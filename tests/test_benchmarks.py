@@ -706,7 +706,7 @@ def test_growth_is_fitted_at_the_largest_sizes() -> None:
 
 def test_our_operators_are_right_on_odd_sizes(device: str, capsys) -> None:
     check.main(["--device", device])
-    assert capsys.readouterr().out == "104 results of 'ours' are within their bounds\n"
+    assert capsys.readouterr().out == "215 results of 'ours' are within their bounds\n"
 
 
 def run_script(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -932,6 +932,8 @@ def test_check_reaches_every_kernel(cuda: str) -> None:
     code = "".join(path.read_text() for path in folder.glob("*.cuh"))
     kernels = re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(", code)
     assert len(kernels) == code.count("__global__") > 10
+    if torch.cuda.get_device_capability() != (9, 0):
+        kernels.remove("compare_tall_map_tiles")  # of sm_90 alone
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         check.main(["--device", cuda])
     ran = "\n".join(event.key for event in trace.key_averages())

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks import check, suite
 from benchmarks.operation import DTYPES
@@ -143,6 +145,11 @@ def test_launch_arithmetic(run: Run) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def in_words(x: Tensor) -> str:
+    """Element size, shape and strides, as the driver of the launch arithmetic reads them."""
+    return ":".join([str(x.itemsize), *(",".join(map(str, of)) for of in (x.shape, x.stride()))])
+
+
 def test_the_benchmarks_check_reaches_every_kernel_of_map_similarity(run: Run) -> None:
     operation = suite.OPERATIONS["map_similarity"]
     maps = [
@@ -150,17 +157,45 @@ def test_the_benchmarks_check_reaches_every_kernel_of_map_similarity(run: Run) -
         for case in check.small_cases(operation)
         for place in (check.whole, check.cut)
     ]
-    arguments = [
-        ":".join([str(x.element_size()), *(",".join(map(str, of)) for of in (x.shape, x.stride()))])
-        for x in maps
-    ]
-    kernels = run("launch", "address", *arguments).stdout.splitlines()
+    kernels = run("launch", "address", "maps", *map(in_words, maps)).stdout.splitlines()
     small = {f"64 {loads}" for loads in ("rows", "unaligned rows", "channels last", "strided")}
     large = {f"128 {loads}" for loads in ("rows", "channels last", "packed")}
     tall = {f"256 {loads}" for loads in ("rows", "channels last", "packed")}  # on Hopper
     for dtype in DTYPES:
         reached = {kernel for x, kernel in zip(maps, kernels, strict=True) if x.dtype == dtype}
         assert reached == small | large | (tall if dtype.itemsize == 2 else set())
+
+
+def test_the_benchmarks_check_reaches_every_kernel_of_the_grams(run: Run) -> None:
+    operations = [suite.OPERATIONS[name] for name in ("weighted_gram_", "weighted_grams_")]
+    calls = [
+        [argument if isinstance(argument, list) else [argument] for argument in inputs]
+        for inputs in (
+            *(each.inputs(case) for each in operations for case in check.small_cases(each)),
+            *(call.inputs for call in check.grams()),
+        )
+    ]
+    arguments = [
+        f"{S[0].itemsize};"
+        + ";".join(":".join(map(in_words, layer)) for layer in zip(*of_rows, strict=True))
+        for S, *of_rows in calls
+    ]
+    kernels = run("launch", "address", "grams", *arguments).stdout.splitlines()
+    in_float = {f"weighted_gram_products {kind}" for kind in ("64", "64 weighted", "128")}
+    in_float |= {"pack_gram_rows", "pack_gram_weights", "add_gram_parts 64"}
+    in_double = {"weighted_grams", "add_gram_parts of float64"}
+    for dtype, expected in {
+        torch.float32: in_float | in_double,
+        torch.bfloat16: in_float,
+        torch.float64: in_double,
+    }.items():
+        reached = {
+            kernel
+            for (_, a, *_), of_call in zip(calls, kernels, strict=True)
+            for kernel in of_call.split(",")[:-1]
+            if a[0].dtype == dtype
+        }
+        assert reached == expected
 
 
 @pytest.mark.parametrize("barrier", ["1", "2"])

@@ -38,7 +38,7 @@ def in_process(*arguments: str, capability: str) -> str:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lesser_instruction_sets_are_right_on_odd_sizes(capability: str) -> None:
     printed = in_process("-m", "benchmarks.check", capability=capability)
-    assert printed == "104 results of 'ours' are within their bounds\n"
+    assert printed == "215 results of 'ours' are within their bounds\n"
 
 
 @pytest.mark.skipif(

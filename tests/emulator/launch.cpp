@@ -2,6 +2,7 @@
 #include "csrc/cuda/launch.h"
 
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include "csrc/cuda/correlation_launch.h"
@@ -661,19 +662,27 @@ void test_map_loads() {
   expect("into whole units", layout.channel.x_stride == 56 && layout.sample.g_stride == 256 * 56);
 }
 
+// The parts of `text` between separators.
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::istringstream stream(text);
+  std::vector<std::string> parts;
+  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+  return parts;
+}
+
+// Of "NUMBER,...:NUMBER,...".
+std::vector<Sizes> lists_of_numbers(const std::string& text) {
+  std::vector<Sizes> lists;
+  for (const std::string& list : split(text, ':')) {
+    lists.emplace_back();
+    for (const std::string& n : split(list, ',')) lists.back().push_back(std::stoll(n));
+  }
+  return lists;
+}
+
 // "BYTES:SIZE,...:STRIDE,..." of one batch of maps: which kernel compares them, in words.
 std::string map_kernel(const std::string& maps) {
-  std::vector<Sizes> parts(1);
-  std::string number;
-  for (const char letter : maps + ':') {
-    if (letter != ':' && letter != ',') {
-      number += letter;
-      continue;
-    }
-    parts.back().push_back(std::stoll(number));
-    number.clear();
-    if (letter == ':') parts.emplace_back();
-  }
+  const std::vector<Sizes> parts = lists_of_numbers(maps);
   ccp::MapSimilarityParams params{};
   params.maps = {map_data, map_data, nullptr, layout_of(parts[1], parts[2], parts[2])};
   params.symmetric = true;
@@ -683,10 +692,55 @@ std::string map_kernel(const std::string& maps) {
          (launch.packed ? "packed" : loads[static_cast<int>(launch.loads)]);
 }
 
+// A layer "BYTES:SIZE,...:STRIDE,..." of a, and with weights the same of sigma behind it.
+ccp::WeightedGramParams gram_layer(const std::vector<Sizes>& parts) {
+  const Sizes &sizes = parts[1], &strides = parts[2];
+  const bool has_terms = sizes.size() == 3;
+  ccp::WeightedGramParams params{};
+  params.a = map_data;
+  params.samples = sizes.front(), params.channels = sizes.back();
+  params.terms = has_terms ? sizes[1] : 1;
+  params.a_sample_stride = strides.front(), params.a_channel_stride = strides.back();
+  params.a_term_stride = has_terms ? strides[1] : 0;
+  if (parts.size() == 3) return params;
+  params.sigma = map_data;
+  params.sigma_is_double = parts[3][0] == sizeof(double);
+  params.sigma_sample_stride = parts[5].front();
+  params.sigma_term_stride = has_terms ? parts[5].back() : 0;
+  return params;
+}
+
+// "BYTES;LAYER;...", those of S first: the kernels that add to it, a comma behind each.
+std::string gram_kernels(const std::string& call) {
+  const std::vector<std::string> parts = split(call, ';');
+  std::vector<ccp::WeightedGramParams> layers;
+  int element_size = 0;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    const std::vector<Sizes> layer = lists_of_numbers(parts[i]);
+    element_size = static_cast<int>(layer[0][0]);
+    layers.push_back(gram_layer(layer));
+  }
+  const int count = static_cast<int>(layers.size());
+  if (parts[0] != "4") {
+    const ccp::GramLaunch launch =
+        ccp::plan_weighted_grams(layers.data(), count, element_size, ccp::kDoubleGramTiles);
+    return launch.parts > 0 ? "weighted_grams,add_gram_parts of float64," : "weighted_grams,";
+  }
+  const ccp::GramLaunch launch = ccp::plan_weighted_grams(layers.data(), count, element_size);
+  std::string kernels = "weighted_gram_products " + std::to_string(launch.tile);
+  kernels += layers[0].sigma != nullptr ? " weighted," : ",";
+  if (launch.packed_rows > 0) kernels += "pack_gram_rows,";
+  if (launch.packed_weights > 0) kernels += "pack_gram_weights,";
+  if (launch.parts > 0) kernels += "add_gram_parts " + std::to_string(launch.tile) + ",";
+  return kernels;
+}
+
 }  // namespace
 
+// Arguments: none, or "maps" or "grams" and calls, whose kernels are printed.
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) std::printf("%s\n", map_kernel(argv[i]).c_str());
+  const auto kernels = argc > 1 && argv[1] == std::string("maps") ? map_kernel : gram_kernels;
+  for (int i = 2; i < argc; ++i) std::printf("%s\n", kernels(argv[i]).c_str());
   if (argc > 1) return 0;
   test_map_tiles();
   test_tall_tiles();
