@@ -138,10 +138,11 @@ def patches() -> Iterator[Call]:
         (torch.float16, torch.float32, False),
         (torch.float32, torch.float64, False),
     ):
-        for channels in (6, 70):  # by patches; by pieces, but for float64
+        for width in (3, 51):  # channels of a group: by patches; by pieces, but for float64
             for window in WINDOWS:
+                channels = width * window.get("groups", 1)
                 conv = nn.Conv2d(channels, 10, **window, device="meta")
-                x = torch.randn(2, channels, 9, 8)
+                x = torch.randn(3, channels, 9, 8)
                 x, y = x.to(dtype), torch.randn(conv(x.to("meta")).shape).to(dtype)
                 tolerance = TF32 if tf32 else _tolerance(sum_dtype)
                 for function, products, maps in (
