@@ -82,6 +82,13 @@ void check(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
       test, 2e-6, [&](const MapSimilarityParams& params) { run<T>(params, tiles, parts, seed); });
 }
 
+void check_float(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
+  check<float>(test, tiles, parts, seed);
+  testing::check_map_similarity<float, float>(
+      test, testing::kTf32Tolerance,
+      [&](const MapSimilarityParams& params) { run<float>(params, tiles, parts, seed); }, true);
+}
+
 void check_16_bits(const MapCase& test, Tiles tiles, int parts, unsigned seed) {
   check<ccp::BFloat16>(test, tiles, parts, seed);
 #ifdef EMU_ALL_DTYPES
@@ -221,12 +228,12 @@ int main(int argc, char** argv) {
   check_banks_of<ccp::BFloat16>();
   for (int seed = 0; seed < schedules; ++seed) {
     for (const MapCase& test : testing::map_similarity_cases()) {
-      check<float>(test, Tiles::kPlanned, 0, seed);
+      check_float(test, Tiles::kPlanned, 0, seed);
       check_16_bits(test, Tiles::kPlanned, 0, seed);
     }
   }
   for (const LargeCase& large : large_cases()) {
-    check<float>(large.test, Tiles::kLarge, large.parts, seed);
+    check_float(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kLarge, large.parts, seed);
     check_16_bits(large.test, Tiles::kTall, large.parts, seed);
   }

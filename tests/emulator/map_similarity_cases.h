@@ -178,7 +178,7 @@ std::vector<T> random_maps(const MapCase& test, const std::vector<int64_t>& stri
 
 // Runs run(params) and compares params.maps.out with the reference, in units of the result's size.
 template <class T, class Acc, class Run>
-void check_map_similarity(const MapCase& test, double tolerance, Run run) {
+void check_map_similarity(const MapCase& test, double tolerance, Run run, bool allow_tf32 = false) {
   std::mt19937 random(5);
   const std::vector<T> x = random_maps<T>(test, test.x_strides, random);
   const std::vector<T> y = test.symmetric ? x : random_maps<T>(test, test.y_strides, random);
@@ -188,7 +188,7 @@ void check_map_similarity(const MapCase& test, double tolerance, Run run) {
                                   test.symmetric,
                                   test.kind,
                                   1.0,
-                                  false};
+                                  allow_tf32};
   expect(test.name + ": layout",
          ccp::make_layout(static_cast<int64_t>(test.sizes.size()), test.sizes.data(),
                           test.x_strides.data(), test.y_strides.data(), 1, &params.maps.layout));

@@ -46,7 +46,7 @@ void launch_all(const PatchProductParams& params, const CorrelationLaunch& launc
 }
 
 // What the launcher does, with emulated launches.
-template <class T>
+template <class T, PatchPrecision kPrecision>
 void run(const PatchProductParams& params, unsigned seed) {
   const ccp::PatchAxis axis[] = {ccp::patch_axis(params, 0), ccp::patch_axis(params, 1)};
   testing::expect("the window fits", ccp::fits_correlations(axis, params));
@@ -55,18 +55,18 @@ void run(const PatchProductParams& params, unsigned seed) {
   launch.left = maps_of<T>(params, params.left, left, seed);
   launch.right = params.symmetric ? launch.left : maps_of<T>(params, params.right, right, seed);
   if (launch.tile == ccp::kLargeTile) {
-    launch_all<ccp::CorrelationTraits<T, ccp::kLargeTile, PatchPrecision::kExact>>(params, launch,
-                                                                                   seed);
+    launch_all<ccp::CorrelationTraits<T, ccp::kLargeTile, kPrecision>>(params, launch, seed);
   } else {
-    launch_all<ccp::CorrelationTraits<T, ccp::kSmallTile, PatchPrecision::kExact>>(params, launch,
-                                                                                   seed);
+    launch_all<ccp::CorrelationTraits<T, ccp::kSmallTile, kPrecision>>(params, launch, seed);
   }
 }
 
-template <class T>
+template <class T, PatchPrecision kPrecision = PatchPrecision::kExact>
 void check(const PatchCase& test, int schedules) {
+  constexpr double kTolerance = testing::patch_tolerance<float>(kPrecision);
   for (const bool channels_last : {true, false})
-    PatchTest<T>(test, channels_last).template check<float>(schedules, run<T>);
+    PatchTest<T>(test, channels_last)
+        .template check<float>(schedules, kTolerance, run<T, kPrecision>);
 }
 
 template <class Traits>
@@ -111,6 +111,7 @@ int main(int argc, char** argv) {
   check_banks<ccp::CorrelationTraits<ccp::BFloat16, ccp::kLargeTile, PatchPrecision::kExact>>();
   for (const PatchCase& test : cases()) {
     check<float>(test, schedules);
+    check<float, PatchPrecision::kTf32>(test, 1);
     check<ccp::BFloat16>(test, schedules);
 #ifdef EMU_ALL_DTYPES
     check<ccp::Half>(test, schedules);

@@ -27,12 +27,14 @@ void run(const PatchProductParams& params, unsigned seed) {
                 ccp::add_patch_parts<Traits>, params, launch, partial.data());
 }
 
-template <class T, class Acc>
+template <class T, class Acc, PatchPrecision kPrecision = PatchPrecision::kExact>
 void check(const PatchCase& test, int schedules) {
+  using ccp::PatchTraits;
+  constexpr double kTolerance = testing::patch_tolerance<Acc>(kPrecision);
   PatchTest<T>(test, false)
-      .template check<Acc>(schedules, run<ccp::PatchTraits<T, Acc, false, PatchPrecision::kExact>>);
+      .template check<Acc>(schedules, kTolerance, run<PatchTraits<T, Acc, false, kPrecision>>);
   PatchTest<T>(test, true)
-      .template check<Acc>(schedules, run<ccp::PatchTraits<T, Acc, true, PatchPrecision::kExact>>);
+      .template check<Acc>(schedules, kTolerance, run<PatchTraits<T, Acc, true, kPrecision>>);
 }
 
 std::vector<PatchCase> cases() {
@@ -52,6 +54,7 @@ int main(int argc, char** argv) {
   if (argc > 2 && std::string(argv[2]) == "drop-barrier") emu::dropped_barrier = std::stoi(argv[3]);
   for (const PatchCase& test : cases()) {
     check<float, float>(test, schedules);
+    check<float, float, PatchPrecision::kTf32>(test, 1);
     check<ccp::BFloat16, float>(test, schedules);
 #ifdef EMU_ALL_DTYPES
     check<ccp::Half, float>(test, schedules);

@@ -1,6 +1,7 @@
 // Random maps and windows for the tests of the patch products, and their definition in float64.
 #pragma once
 
+#include "csrc/cuda/patch_precision.h"
 #include "csrc/params.h"
 #include "testing.h"
 
@@ -50,6 +51,12 @@ Maps<T> random_maps(int64_t samples, int64_t channels, int64_t height, int64_t w
           random_values<T>(samples * channels * height * width, random)};
 }
 
+// Of the sum of the terms' magnitudes.
+template <class Acc>
+constexpr double patch_tolerance(ccp::PatchPrecision precision) {
+  return precision == ccp::PatchPrecision::kTf32 ? kTf32Tolerance : kExactTolerance<Acc>;
+}
+
 template <class T>
 class PatchTest {
  public:
@@ -68,7 +75,7 @@ class PatchTest {
 
   // run(params, seed) must add the products to params.out.
   template <class Acc, class Run>
-  void check(int schedules, Run run) const {
+  void check(int schedules, double tolerance, Run run) const {
     const int64_t rows = x_.source(test_.groups).channels * test_.kernel[0] * test_.kernel[1];
     const int64_t columns = test_.targets ? test_.targets / test_.groups : rows;
     const int64_t row_stride = columns + 3, group_stride = rows * row_stride + 5;
@@ -81,7 +88,7 @@ class PatchTest {
       std::vector<Acc> out = start;
       run(params(out.data(), group_stride, row_stride), seed);
       for (size_t i = 0; i < out.size(); ++i)
-        expect_close(test_.name, static_cast<int64_t>(i), out[i], sum[i], magnitude[i]);
+        expect_close(test_.name, static_cast<int64_t>(i), out[i], sum[i], magnitude[i], tolerance);
     }
   }
 

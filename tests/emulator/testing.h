@@ -41,12 +41,16 @@ std::vector<Acc> unwritten(int64_t count) {
 
 inline int failures = 0;
 
-// Passes if |actual - expected| is within a few roundings of the sum of the terms' magnitudes.
+// Errors over the sum of the terms' magnitudes: a few roundings, and that of terms each of whose
+// two factors is rounded to TF32.
+template <class Acc>
+constexpr double kExactTolerance = 32 * std::numeric_limits<Acc>::epsilon();
+constexpr double kTf32Tolerance = 0x1p-10;
+
 template <class Acc>
 void expect_close(const std::string& name, int64_t index, Acc actual, double expected,
-                  double magnitude) {
-  const double tolerance = 32 * std::numeric_limits<Acc>::epsilon() * magnitude;
-  if (std::fabs(actual - expected) <= tolerance) return;
+                  double magnitude, double tolerance = kExactTolerance<Acc>) {
+  if (std::fabs(actual - expected) <= tolerance * magnitude) return;
   ++failures;
   std::printf("%s: element %ld is %.9g, expected %.9g\n", name.c_str(), static_cast<long>(index),
               static_cast<double>(actual), expected);
