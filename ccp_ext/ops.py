@@ -182,8 +182,7 @@ def map_similarity(
         y: Same shape, dtype and device as ``x``; its strides may differ.
         data_range: L, positive: the distance between the largest and the smallest value that the
             maps can take. SSIM and PSNR depend on ``x / data_range`` only; the others ignore it.
-        allow_tf32: Whether a GPU may round float32 values to TF32 (11 significant bits), after
-            their map's mean was subtracted.
+        allow_tf32: Whether float32 values may be rounded to TF32 (11 significant bits) on CUDA.
 
     Returns:
         ``[C, C]``, float32; float64 for float64 inputs. Without ``y`` it is symmetric to the bit

@@ -115,10 +115,13 @@ def test_sums_over_no_positions_are_zero(device: str) -> None:
     assert torch.equal(ops.channel_dot(x, x), torch.zeros(2, 3, device=device))
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("shape", [(3, 17, 7, 7), (1, 5, 300, 307)])
-def test_every_run_gives_equal_bits(layout: Maker, shape: tuple[int, ...], device: str) -> None:
-    x, g = (converted(layout(shape), torch.float32, device) for _ in range(2))
+def test_every_run_gives_equal_bits(
+    layout: Maker, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    x, g = (converted(layout(shape), dtype, device) for _ in range(2))
     assert torch.equal(ops.channel_dot(x, g), ops.channel_dot(x, g))
 
 

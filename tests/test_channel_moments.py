@@ -161,6 +161,28 @@ def test_batch_norm_estimates_the_same_mean_and_variance(device: str) -> None:
     torch.testing.assert_close(unbiased.float(), norm.running_var)
 
 
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
+@pytest.mark.parametrize("shape", [(3, 17, 7, 7), (1, 5, 300, 307)])
+def test_every_output_and_every_partial_sum_is_written(
+    layout: Maker, shape: tuple[int, ...], device: str
+) -> None:
+    assert torch.empty(3).isnan().all()
+    x = sparse(converted(layout(shape), torch.float32, device))
+    assert_close_to_reference(ops.channel_moments(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
+@pytest.mark.parametrize("shape", [(3, 17, 7, 7), (1, 5, 300, 307)])
+def test_every_run_gives_equal_bits(
+    layout: Maker, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    x = converted(layout(shape), dtype, device)
+    first, second = (torch.ops.ccp_ext.channel_moments(x) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("shape", [(64, 17, 14, 14), (1, 5, 300, 307)])
 def test_the_number_of_threads_does_not_change_a_bit(layout: Maker, shape: tuple[int, ...]) -> None:

@@ -226,8 +226,10 @@ def test_every_output_and_every_partial_result_is_written(
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, cropped])
 @pytest.mark.parametrize("shape", [(100, 5, 7, 7), (3, 70, 20, 30), (64, 96, 7, 7)])
-def test_every_run_gives_equal_bits(layout: Maker, shape: tuple[int, ...], device: str) -> None:
-    x = converted(layout(shape), torch.float32, device)
+def test_every_run_gives_equal_bits(
+    layout: Maker, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    x = converted(layout(shape), dtype, device)
     assert torch.equal(ops.map_similarity(x), ops.map_similarity(x))
 
 
@@ -278,6 +280,19 @@ def test_large_tiles_are_symmetric_to_the_bit_with_an_exact_diagonal(
             d = ops.map_similarity(converted(layout(shape), torch.bfloat16, cuda), kind)
             assert torch.equal(d, d.T)
             assert (d.diagonal() == SAME[kind]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [contiguous, channels_last, misaligned])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_tiles_give_equal_bits_in_every_run(
+    dtype: torch.dtype, layout: Maker, cuda: str
+) -> None:
+    for shape in LARGE:
+        x, y = (converted(layout(shape), dtype, cuda) for _ in range(2))
+        for other in (None, y):
+            first, second = (ops.map_similarity(x, y=other) for _ in range(2))
+            assert torch.equal(first, second)
 
 
 @pytest.mark.gpu

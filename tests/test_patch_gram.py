@@ -193,10 +193,33 @@ def test_the_normal_equations_recover_a_convolution_with_bias(device: str) -> No
     torch.testing.assert_close(solution[54], conv.bias.detach())
 
 
-def test_every_run_and_every_number_of_threads_gives_equal_bits(device: str) -> None:
-    x = random_input((4, 20, 17, 15), torch.float32, device)
-    A = torch.zeros(180, 180, device=device)
+@pytest.mark.parametrize("channels", [20, 57])  # on a GPU by patches, in parts; by packed pieces
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_run_and_every_number_of_threads_gives_equal_bits(
+    dtype: torch.dtype, channels: int, device: str
+) -> None:
+    x, y = (random_input((4, width, 17, 15), dtype, device) for width in (channels, 33))
+    A, B = (torch.zeros(9 * channels, columns, device=device) for columns in (9 * channels, 33))
     assert_equal_bits_with_any_threads(lambda: ops.patch_gram_(A.clone(), x, 3, padding=1))
+    assert_equal_bits_with_any_threads(lambda: ops.patch_cross_(B.clone(), x, y, 3, padding=1))
+
+
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("channels", [20, 57])  # on a GPU by patches, in parts; by packed pieces
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_copy_and_every_partial_sum_is_written(
+    dtype: torch.dtype, channels: int, device: str
+) -> None:
+    assert torch.empty(3).isnan().all()
+    x, y = (random_input((4, width, 17, 15), dtype, device) for width in (channels, 33))
+    for function, products, maps in (
+        (ops.patch_gram_, reference.patch_gram, (x,)),
+        (ops.patch_cross_, reference.patch_cross, (x, y)),
+    ):
+        added, magnitude = (products(*values, 3, padding=1) for values in (maps, map(abs, maps)))
+        out = torch.zeros_like(added[0], dtype=torch.float32)
+        function(out, *maps, 3, padding=1)
+        assert_added(out, torch.zeros_like(out), added, magnitude)
 
 
 @pytest.mark.gpu

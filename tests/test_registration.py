@@ -76,6 +76,16 @@ PATCH_CROSS_SAMPLES = [
         [1, 1],
         [1, 1],
     ),
+    lambda device: (
+        torch.randn(2, 4, 3, device=device, dtype=torch.float64),
+        torch.randn(1, 4, 5, 6, device=device).half(),
+        torch.randn(1, 6, 5, 4, device=device).half(),
+        [1, 2],
+        [1, 1],
+        [0, 0],
+        [1, 2],
+        2,
+    ),
 ]
 MAP_SIMILARITY_SAMPLES = [
     lambda device: (torch.randn(2, 3, 4, 5, device=device),),

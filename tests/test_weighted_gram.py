@@ -110,9 +110,12 @@ def test_no_channels(device: str) -> None:
     ).shape == (0, 0)
 
 
-def test_every_run_and_every_number_of_threads_gives_equal_bits(device: str) -> None:
-    a, sigma = torch.randn(700, 150, device=device), torch.randn(700, device=device)
-    S = torch.zeros(150, 150, device=device)
+@pytest.mark.parametrize(("S_dtype", "a_dtype"), DTYPES)
+def test_every_run_and_every_number_of_threads_gives_equal_bits(
+    S_dtype: torch.dtype, a_dtype: torch.dtype, device: str
+) -> None:
+    a, sigma = torch.randn(700, 150, device=device).to(a_dtype), torch.randn(700, device=device)
+    S = torch.zeros(150, 150, device=device, dtype=S_dtype)
     assert_equal_bits_with_any_threads(lambda: ops.weighted_gram_(S.clone(), a, sigma))
 
 
@@ -125,6 +128,17 @@ def test_gpu_and_cpu_agree(channels: int, cuda: str) -> None:
     on_gpu = ops.weighted_gram_(S, a.to(cuda), sigma.to(cuda)).cpu()
     magnitude = reference.weighted_gram(a.abs(), sigma.abs())
     assert ((on_gpu - on_cpu).abs() <= 32 * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_tiles_match_float64_reference(dtype: torch.dtype, weighted: bool, cuda: str) -> None:
+    a = torch.randn(5, 3072, device=cuda).to(dtype)
+    sigma = torch.randn(5, device=cuda) if weighted else None
+    S = torch.zeros(3072, 3072, device=cuda)
+    ops.weighted_gram_(S, a, sigma)
+    assert_added(S, torch.zeros_like(S), a, sigma)
 
 
 LAYERS = [((5,), 3), ((128,), 64), ((50, 10), 33), ((300,), 100), ((0,), 7), ((3,), 0), ((9, 1), 1)]
@@ -181,14 +195,46 @@ def test_grouped_updates_give_equal_bits_with_any_number_of_threads(device: str)
     assert_equal_bits_with_any_threads(grams)
 
 
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize(("S_dtype", "a_dtype"), DTYPES)
+def test_every_copy_and_every_partial_sum_is_written(
+    S_dtype: torch.dtype, a_dtype: torch.dtype, device: str
+) -> None:
+    """Rows and weights that a GPU packs, and sums in parts."""
+    assert torch.empty(3).isnan().all()
+    a = [torch.randn(600, C, device=device).to(a_dtype) for C in (16, 33)]
+    sigma = torch.randn(600, device=device, dtype=torch.float64)
+    S = [torch.zeros(C, C, device=device, dtype=S_dtype) for C in (16, 33)]
+    ops.weighted_grams_(S, a, sigma)
+    for matrix, rows in zip(S, a, strict=True):
+        assert_added(matrix, torch.zeros_like(matrix), rows, sigma)
+
+
 @pytest.mark.gpu
-def test_a_grouped_update_is_captured_in_a_graph(cuda: str) -> None:
-    a = [torch.randn(200, C, device=cuda) for C in (16, 100)]
-    S = [torch.zeros(C, C, device=cuda) for C in (16, 100)]
-    ops.weighted_grams_(S, a)
-    expected = [2 * matrix for matrix in S]
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("S_dtype", "a_dtype"), DTYPES)
+def test_updates_captured_in_a_graph_replay_with_new_values(
+    S_dtype: torch.dtype, a_dtype: torch.dtype, grouped: bool, cuda: str
+) -> None:
+    """Rows and weights that are packed, and sums in parts."""
+    a = [torch.randn(600, C, device=cuda).to(a_dtype) for C in (16, 33)]
+    sigma = torch.randn(600, device=cuda, dtype=torch.float64)
+    S = [torch.zeros(C, C, device=cuda, dtype=S_dtype) for C in (16, 33)]
+
+    def add() -> None:
+        if grouped:
+            ops.weighted_grams_(S, a, sigma)
+            return
+        for matrix, rows in zip(S, a, strict=True):
+            ops.weighted_gram_(matrix, rows, sigma)
+
+    add()
+    before = [matrix.clone() for matrix in S]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.weighted_grams_(S, a)
+        add()
+    for values in (*a, sigma):
+        values.normal_()
     graph.replay()
-    assert all(torch.equal(matrix, twice) for matrix, twice in zip(S, expected, strict=True))
+    for matrix, old, rows in zip(S, before, a, strict=True):
+        assert_added(matrix, old, rows, sigma)
