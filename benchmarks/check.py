@@ -34,7 +34,7 @@ MAPS = (
     (3, 33, 9, 8),
     (4, 72, 8, 8),  # wide loads along the channels; two tiles of maps; large tiles of patches
     (1, 3, 25, 43),  # a block for each row
-    (1, 8, 48, 50),  # a warp for each row; the positions in parts
+    (1, 16, 48, 50),  # a warp for each row; the positions in parts, channels last in more than 32
 )
 # So many that tiles of 128 maps are worth it, read where they are and packed; in 16 bits on Hopper,
 # for the last, tiles of 256 by 128.
