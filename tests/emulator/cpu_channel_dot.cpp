@@ -32,21 +32,27 @@ void check_channel_dot(const std::string& isa, ChannelDotKernel<T> by_row,
                      &params.layout);
     const auto expected = testing::channel_dot_reference(test, x.data() + test.misalignment,
                                                          g.data() + test.misalignment);
-    const auto compare = [&](const std::string& name, ChannelDotKernel<T> kernel, int64_t items) {
-      auto sums =
-          testing::unwritten<ccp::Accumulator<T>>(static_cast<int64_t>(expected.sum.size()));
-      const int64_t parts[] = {0, items / 3, items};
-      for (int i = 0; i < 2; ++i)
-        kernel(params, params.layout.positions, sums.data(), parts[i], parts[i + 1]);
-      for (size_t i = 0; i < sums.size(); ++i)
-        testing::expect_close(isa + ", " + name + ", " + test.name, static_cast<int64_t>(i),
-                              sums[i], expected.sum[i], expected.magnitude[i]);
+    const int64_t outputs = static_cast<int64_t>(expected.sum.size());
+    const auto compare = [&](const std::string& name, ChannelDotKernel<T> kernel, int64_t items,
+                             int64_t block) {
+      const int64_t blocks = ccp::ceil_div(params.layout.positions, block);
+      auto sums = testing::unwritten<ccp::Accumulator<T>>(blocks * outputs);
+      const int64_t parts[] = {0, blocks * items / 3, blocks * items};
+      for (int i = 0; i < 2; ++i) kernel(params, block, sums.data(), parts[i], parts[i + 1]);
+      for (int64_t i = 0; i < outputs; ++i) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += sums[b * outputs + i];
+        testing::expect_close(isa + ", " + name + ", " + test.name, i,
+                              static_cast<ccp::Accumulator<T>>(sum), expected.sum[i],
+                              expected.magnitude[i]);
+      }
     };
-    const int64_t rows = static_cast<int64_t>(expected.sum.size());
-    if (params.layout.kind == ccp::LayoutKind::kRows) compare("by row", by_row, rows);
-    compare("by run", by_run, rows);
-    if (unit_stride(params.layout.channel))
-      compare("by position", by_position, params.layout.sample.size);
+    for (const int64_t block : {params.layout.positions, params.layout.positions / 3 + 1}) {
+      if (params.layout.kind == ccp::LayoutKind::kRows) compare("by row", by_row, outputs, block);
+      compare("by run", by_run, outputs, block);
+      if (unit_stride(params.layout.channel))
+        compare("by position", by_position, params.layout.sample.size, block);
+    }
   }
 }
 
