@@ -105,7 +105,10 @@ def small_cases(operation: Operation) -> Iterator[Case]:
 
 
 def grams() -> Iterator[Call]:
-    """Sums in float64, and weights that are packed: in another order, or in float64."""
+    """Sums in float64, weights that are packed (in another order, in float64), and large tiles."""
+    for dtype in DTYPES:
+        inputs = torch.zeros(3072, 3072), torch.randn(5, 3072).to(dtype), torch.rand(5)
+        yield Call(ops.weighted_gram_, inputs, {}, *updated(*inputs), _tolerance(torch.float32))
     for S_dtype, dtype in (
         (torch.float32, torch.float32),
         (torch.float32, torch.bfloat16),

@@ -40,7 +40,7 @@ SHARED=
 PATIENCE=${DRY:+6}
 PATIENCE=${PATIENCE:-1}
 # The table and the picture at the end take the last seconds, a command that must be killed some.
-DEADLINE=$((SECONDS + PATIENCE * (${BUDGET:-470} - 26)))
+DEADLINE=$((SECONDS + PATIENCE * (${BUDGET:-470} - 41)))
 
 SUITE=("$PYTHON" -m benchmarks --device cuda --seconds 0.05 --output "$OUT")
 [ -z "$DRY" ] || SUITE=("$PYTHON" -m benchmarks --device cpu --quick --output "$OUT")
@@ -248,7 +248,7 @@ for index in "${!PHASES[@]}"; do
   [ "$phase" != build ] || [ "$status" = 0 ] || break
 done
 # The picture again from the rows, since a run that is cut draws nothing.
-run_for $((10 * PATIENCE)) "$PYTHON" -m benchmarks.targets "$OUT"
+run_for $((25 * PATIENCE)) "$PYTHON" -m benchmarks.targets "$OUT"
 [ ! -f "$OUT/operators.json" ] ||
   run_for $((6 * PATIENCE)) "$PYTHON" -m benchmarks.plot "$OUT/operators.json"
 say "failed: ${failures[*]:-nothing}; not run or not finished: ${left_out[*]:-nothing};" \

@@ -43,6 +43,8 @@ def _for_all(dry: bool) -> list[str]:
 def _for_some(dry: bool) -> list[str]:
     """What the build or the tests need."""
     lacking = _packages("setuptools", "pybind11", "pytest")
+    if not shutil.which(os.environ.get("CXX") or "c++"):
+        lacking.append("a C++ compiler")
     if _packages("ninja") and not shutil.which("ninja"):
         lacking.append("ninja")
     if not dry:

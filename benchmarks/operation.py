@@ -91,7 +91,7 @@ class Work:
         streams: arrays read side by side: which bandwidth the bytes are held against.
         rate: what bounds the products, a key of ``Limits.rates``.
         by_patches: the products as the rivals perform them, on patches that repeat elements; 0
-            where they are the same.
+            for operators without patches.
     """
 
     bytes: int

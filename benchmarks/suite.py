@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--warm", action="store_true", help="small inputs come from the cache")
     parser.add_argument(
-        "--add", action="store_true", help="to the rows that the results file holds already"
+        "--add",
+        action="store_true",
+        help="to the rows that the file holds already, of the same device and --warm or not",
     )
     parser.add_argument("--quick", action="store_true", help="a trial: smallest sizes, few rounds")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -240,6 +242,8 @@ def _kept(path: Path) -> dict:
         content["failures"] = [_failure(line) for line in content["failures"]]
         for name in LISTS[1:]:
             content[name] = [each | {"run": 0} for each in content[name]]
+        place = {"device": content["runs"][0]["settings"].get("device"), "inputs": "cold"}
+        content["rows"] = [place | each for each in content["rows"]]
     return {name: content[name] for name in LISTS}
 
 

@@ -191,6 +191,10 @@ def test_a_gradient_expanded_over_the_positions_multiplies_each_of_them(
     assert expected.isfinite().all() == (factor < 1)
 
 
-def test_equal_terms_at_a_stride_keep_the_error_bound(device: str) -> None:
-    x = torch.full((1, 2, 2 * 8192), 1.1, device=device)[..., ::2]
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("step", [1, 2])
+def test_equal_terms_keep_the_error_bound(step: int, dtype: torch.dtype, device: str) -> None:
+    x = torch.rand(40, 2, 1, device=device).expand(40, 2, 8192 * step).to(dtype).contiguous()
+    x, one = x[..., ::step], torch.ones((), dtype=dtype, device=device).expand(40, 2, 8192)
     assert_close_to_reference(ops.channel_dot(x, x), x, x)
+    assert_close_to_reference(ops.channel_dot(x, one), x, one)

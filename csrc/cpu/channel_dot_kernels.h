@@ -21,28 +21,33 @@ struct Constant {
   CCP_INLINE Accumulator<T> value(int64_t) const { return g; }
 };
 
+// Additions to a lane before its sum joins the others in float64: equal terms round alike.
+constexpr int64_t kAdditions = 32;
+
 // The sum of x * right. What is left of the last vector is read with the values before it, which
 // are masked.
 template <class T, class Right>
-CCP_INLINE Accumulator<T> dot_contiguous(const T* x, const Right& right, int64_t count) {
+CCP_INLINE double dot_contiguous(const T* x, const Right& right, int64_t count) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
-  Vector<Acc> acc[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kStep <= count; i += kChains * kStep)
-    for (int k = 0; k < kChains; ++k)
-      acc[k] += load(x + i + k * kStep) * right.vector(i + k * kStep);
-  for (; i + kStep <= count; i += kStep) acc[0] += load(x + i) * right.vector(i);
-  if (i < count && count >= kStep) {
-    const int64_t last = count - kStep;
-    acc[1] += masked<Acc>(load(x + last) * right.vector(last),
-                          lanes_from<Acc>(static_cast<int>(i - last)));
-  } else {
-    Acc few = 0;
-    for (; i < count; ++i) few += widen(x[i]) * right.value(i);
-    acc[1][0] += few;
+  double sum = 0;
+  for (int64_t i = 0; i < count;) {
+    const int64_t end = std::min(i + kAdditions * kChains * kStep, count);
+    Vector<Acc> acc[kChains] = {};
+    for (; i + kChains * kStep <= end; i += kChains * kStep)
+      for (int k = 0; k < kChains; ++k)
+        acc[k] += load(x + i + k * kStep) * right.vector(i + k * kStep);
+    for (; i + kStep <= end; i += kStep) acc[0] += load(x + i) * right.vector(i);
+    if (i < end && count >= kStep) {
+      const int64_t last = count - kStep;
+      const Integers<Acc> left = lanes_from<Acc>(static_cast<int>(i - last));
+      acc[1] += masked<Acc>(load(x + last) * right.vector(last), left);
+      i = end;
+    }
+    for (; i < end; ++i) acc[1][0] += widen(x[i]) * right.value(i);
+    sum += sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3]));
   }
-  return sum_lanes<Acc>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return sum;
 }
 
 constexpr int64_t kStridedBlock = 256;  // summed in the accumulator's type before the sum joins
@@ -88,7 +93,7 @@ void channel_dot_by_row(const ChannelDotParams& params, int64_t block_length, Ac
     const T* x = static_cast<const T*>(params.x) + sample.x + channel.x + first;
     const T* g = static_cast<const T*>(params.g) + sample.g + channel.g + first;
     for (const int64_t row = std::min(end, begin + channels - c); begin < row; ++begin) {
-      sums[begin] = dot_contiguous(x, Row<T>{g}, count);
+      sums[begin] = static_cast<Accumulator<T>>(dot_contiguous(x, Row<T>{g}, count));
       x += layout.channel.x_stride;
       g += layout.channel.g_stride;
     }

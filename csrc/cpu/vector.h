@@ -6,6 +6,7 @@ namespace ccp::cpu::CCP_ISA {
 
 template <class Element, int kBytes = CCP_VECTOR_BYTES>
 struct VectorOf {
+  static_assert(std::is_arithmetic_v<Element>);
   typedef Element type __attribute__((vector_size(kBytes)));
 };
 
@@ -42,7 +43,7 @@ CCP_INLINE Vector<Acc> masked(Vector<Acc> value, Integers<Acc> mask) {
   return bit_cast<Vector<Acc>>(bit_cast<Integers<Acc>>(value) & mask);
 }
 
-template <class Acc>
+template <class Acc, class = std::enable_if_t<std::is_arithmetic_v<Acc>>>
 CCP_INLINE Vector<Acc> load(const Acc* address) {
   Vector<Acc> value;
   __builtin_memcpy(&value, address, sizeof value);

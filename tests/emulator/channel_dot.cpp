@@ -26,7 +26,7 @@ std::vector<ccp::Accumulator<T>> run(const ChannelDotParams& params, ChannelDotL
   });
   if (launch.split.count == 1) return sums;
   auto out = testing::unwritten<Acc>(outputs);
-  emu::launch(2, ccp::kBlockThreads, seed, ccp::sum_parts<Acc>, sums.data(), launch.split.count,
+  emu::launch(1, ccp::kBlockThreads, seed, ccp::sum_parts<Acc>, sums.data(), launch.split.count,
               outputs, out.data());
   return out;
 }

@@ -79,7 +79,7 @@ inline std::vector<Case> channel_dot_cases() {
       {"channels last, 16-byte loads", {2, 16, 5, 5}, {400, 1, 80, 16}, {400, 1, 80, 16}, 1},
       {"channels last, odd channels", {2, 13, 37}, {481, 1, 13}, {481, 1, 13}, 1},
       {"channels last, several tiles", {2, 11, 264}, {2904, 264, 1}, {2904, 264, 1}, 2},
-      {"channels last in parts", {1, 8, 9000}, {72000, 1, 8}, {72000, 1, 8}, 1},
+      {"channels last in parts", {1, 16, 9000}, {144000, 1, 16}, {144000, 1, 16}, 1},
       {"channels last, g the same everywhere", {2, 8, 50}, {400, 1, 8}, {8, 1, 0}, 1},
       {"no positions dimension", {3, 300}, {300, 1}, {300, 1}, 1},
       {"cropped", {2, 3, 5, 6}, {210, 70, 10, 1}, {210, 70, 10, 1}, 1},
